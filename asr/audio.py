@@ -1,0 +1,369 @@
+"""Audio in: any file, rate or sample type becomes blocks of mono float32 at one rate."""
+
+import logging
+import math
+import os
+import re
+import shutil
+import stat
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from asr.errors import AudioError
+
+SAMPLE_RATE = 16_000
+EDGE_SILENCE_SECONDS = 0.25  # before and after every utterance and stream: short words need frames
+LOWEST_RATE, HIGHEST_RATE = 8_000, 192_000  # Hz
+
+_MOST_CHANNELS = 32
+_LOUDEST_FLOAT = 32.0  # float samples past +30 dB of full scale are integers that nobody scaled
+_LOST_SECONDS = 0.3  # MP3 may promise a frame or two (72 ms at 8 kHz) too many; more is a damaged file
+_SEEK_LEAD_SECONDS = 1.0  # decoded and dropped before an offset: MP3 and Opus need what came before
+_LOST_BYTES = 64  # some writers count the header in the data chunk's size
+_UNKNOWN_FRAMES = 1 << 60  # libsndfile declares 2^63 - 1 frames where a header leaves them open
+_DAMAGED = "{path}: truncated or damaged: decoding stopped after {seconds:.2f} s: {reason}"
+_FFMPEG_HINT = "M4A, AAC, WebM and video need ffmpeg, which is not installed"
+
+_log = logging.getLogger("asr")
+_said_mixed_down = False
+
+
+def to_float(samples: np.ndarray) -> np.ndarray:
+    """Return `samples` as mono float32 (n,) in [-1, 1].
+
+    Args:
+        samples: int16, float32 or float64, (n,) or (n, channels); channels are averaged, floats are clipped.
+
+    Raises:
+        AudioError: another type or shape, NaN or infinity, or floats that were never scaled to [-1, 1].
+    """
+    samples = np.asarray(samples)
+    if samples.dtype not in (np.int16, np.float32, np.float64):
+        raise AudioError(f"samples are {samples.dtype}; give int16, or float32 in [-1, 1]")
+    if samples.ndim not in (1, 2) or (samples.ndim == 2 and not 1 <= samples.shape[1] <= _MOST_CHANNELS):
+        raise AudioError(f"samples have shape {samples.shape}; give (n,) or (n, channels)")
+    if samples.dtype == np.int16:
+        floats = samples.astype(np.float32) / 32768
+    else:
+        peak = np.abs(samples).max(initial=0)
+        if not np.isfinite(peak):
+            raise AudioError("samples hold NaN or infinity")
+        if peak > _LOUDEST_FLOAT:
+            raise AudioError(f"float samples reach {peak:g}; scale them to [-1, 1], or give int16")
+        floats = samples.astype(np.float32)
+    if floats.ndim == 2:
+        floats = floats.mean(axis=1, dtype=np.float32)
+    return np.clip(floats, -1, 1)
+
+
+class Resampler:
+    """Changes the rate of a stream; blocks of any size give the same samples as the whole at once.
+
+    Output is clipped to [-1, 1] and lags the input by a few milliseconds until `finish`.
+
+    Args:
+        source_rate: of what goes in, 8000 to 192000 Hz.
+        target_rate: of what comes out, within the same limits; equal rates pass samples through.
+
+    Raises:
+        AudioError: a rate outside the limits.
+    """
+
+    def __init__(self, source_rate: float, target_rate: float = SAMPLE_RATE) -> None:
+        for rate in (source_rate, target_rate):
+            if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+                raise AudioError(f"sample rate {rate} Hz; {LOWEST_RATE} to {HIGHEST_RATE} Hz can be read")
+        self._stream = None
+        if source_rate != target_rate:
+            import soxr
+
+            self._stream = soxr.ResampleStream(source_rate, target_rate, 1, dtype="float32")
+
+    def process(self, samples: np.ndarray) -> np.ndarray:
+        """Take float32 (n,), also n = 0, and return what is ready, float32 (m,)."""
+        return samples if self._stream is None else np.clip(self._stream.resample_chunk(samples), -1, 1)
+
+    def finish(self) -> np.ndarray:
+        """Return the rest, float32 (m,); the stream is over then."""
+        rest = np.zeros(0, np.float32)
+        return rest if self._stream is None else np.clip(self._stream.resample_chunk(rest, last=True), -1, 1)
+
+
+def audio_blocks(
+    path: str | Path,
+    *,
+    sample_rate: int = SAMPLE_RATE,
+    block_seconds: float = 10.0,
+    offset: float = 0.0,
+    duration: float | None = None,
+) -> Iterator[np.ndarray]:
+    """Yield a file as blocks of mono float32 (n,) in [-1, 1], in constant memory for a file of any length.
+
+    The blocks joined are the same samples whatever `block_seconds` is. Closing the generator closes the file.
+
+    Args:
+        path: any format that libsndfile reads, or ffmpeg where it is installed.
+        sample_rate: of the blocks, Hz.
+        block_seconds: length decoded at a time; a block may be somewhat longer or shorter.
+        offset: where to start, seconds.
+        duration: how much to read, seconds; None, or past the end, reads to the end.
+
+    Raises:
+        AudioError: names the file and what is wrong with it.
+    """
+    if not 0 <= offset < math.inf or (duration is not None and not duration > 0):
+        raise AudioError(f"{path}: cannot read {duration} s from second {offset}")
+    with closing(_open(path)) as source:
+        rate = source.rate
+        try:
+            resampler = Resampler(rate, sample_rate)
+        except AudioError as error:
+            raise AudioError(f"{path}: {error}") from None
+        if source.channels > 1:
+            _say_mixed_down(path, source.channels)
+        position = first = round(offset * rate)
+        stop = math.inf if duration is None else first + max(1, round(duration * rate))
+        source.skip(first)
+        while position < stop:
+            block = source.read(int(min(max(1, round(block_seconds * rate)), stop - position)))
+            if not len(block):
+                break
+            try:
+                mono = to_float(block)
+            except AudioError as error:
+                raise AudioError(f"{path}: {error}, near {position / rate:.2f} s") from None
+            position += len(block)
+            resampled = resampler.process(mono)
+            if len(resampled):
+                yield resampled
+        if position == first:
+            raise AudioError(f"{path}: " + (f"ends before {offset:g} s" if first else "holds no samples"))
+        rest = resampler.finish()
+        if len(rest):
+            yield rest
+
+
+def read_audio(
+    path: str | Path, *, sample_rate: int = SAMPLE_RATE, offset: float = 0.0, duration: float | None = None
+) -> np.ndarray:
+    """Return a file, or a part of it, as mono float32 (n,): exactly what `audio_blocks` yields, joined."""
+    blocks = audio_blocks(path, sample_rate=sample_rate, offset=offset, duration=duration)
+    return np.concatenate(list(blocks))
+
+
+def audio_duration(path: str | Path) -> float:
+    """Return the seconds that a file declares; where it declares none, it is decoded and counted."""
+    with closing(_open(path)) as source:
+        frames = source.frames
+        if frames is None:
+            frames = 0
+            while count := len(source.read(source.rate * 10)):
+                frames += count
+        return frames / source.rate
+
+
+def _say_mixed_down(path: str | Path, channels: int) -> None:
+    global _said_mixed_down
+    if not _said_mixed_down:
+        _said_mixed_down = True
+        _log.warning("%s: %d channels mixed down to one; said once, for all files", path, channels)
+
+
+def _open(path: str | Path) -> "_SoundFile | _Ffmpeg":
+    """Open `path` with the decoder that knows it."""
+    if "://" in str(path):
+        raise AudioError(f"{path}: a URL; download it and give the file")
+    try:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise AudioError(f"{path}: is a folder, not a recording")
+        if not stat.S_ISREG(status.st_mode):
+            raise AudioError(f"{path}: not a regular file")
+        if status.st_size == 0:
+            raise AudioError(f"{path}: empty, 0 bytes")
+        # Unbuffered, because libsndfile reads the same descriptor.
+        file = open(path, "rb", buffering=0)  # noqa: SIM115 (the decoder closes it)
+    except FileNotFoundError:
+        raise AudioError(f"{path}: no such file") from None
+    except PermissionError:
+        raise AudioError(f"{path}: no permission to read it") from None
+    except (OSError, ValueError) as error:
+        raise AudioError(f"{path}: cannot be opened: {error}") from None
+    try:
+        head = file.read(16)
+        _refuse_truncated(path, file, status.st_size)
+        file.seek(0)
+        try:
+            return _SoundFile(path, file)
+        except AudioError:
+            if head[8:12] in (b"WAVE", b"AIFF", b"AIFC") or head[:4] in (b"fLaC", b"caff"):
+                raise  # libsndfile knows the format: ffmpeg would only hide the damage
+        file.close()
+        return _Ffmpeg(path)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _refuse_truncated(path: str | Path, file: BinaryIO, size: int) -> None:
+    """Compare what a WAV, RF64, AIFF or Ogg file declares with the bytes that it has; libsndfile does not."""
+    file.seek(0)
+    kind, _, form = struct.unpack("4s4s4s", file.read(12).ljust(12, b"\0"))
+    lost = 0
+    if form in (b"WAVE", b"AIFF", b"AIFC"):
+        lost = _bytes_lost_of_chunk(file, size, header=">4sI" if kind == b"FORM" else "<4sI")
+    elif kind == b"OggS":
+        lost = _bytes_lost_of_page(file, size)
+    if lost > 0:
+        raise AudioError(f"{path}: truncated: {lost} bytes are missing; copy or download it again")
+
+
+def _bytes_lost_of_chunk(file: BinaryIO, size: int, header: str) -> int:
+    """How much more the audio chunk of a WAV or AIFF file declares than is there."""
+    long_size = 0  # of RF64's data, from its ds64 chunk
+    while len(chunk := file.read(8)) == 8:
+        name, length = struct.unpack(header, chunk)
+        start = file.tell()
+        if name == b"ds64":
+            long_size = int.from_bytes(file.read(16)[8:], "little")
+        if name in (b"data", b"SSND"):
+            if length == 0xFFFF_FFFF and long_size < 1 << 63:
+                length = long_size
+            # Writers that stream leave the size at 0 or at the most that 32 or 31 bits can hold.
+            placeholder = 0xFFFF_F000 <= length <= 0xFFFF_FFFF or 0x7FFF_F000 <= length <= 0x7FFF_FFFF
+            lost = length - (size - start)
+            return lost if lost > _LOST_BYTES and not placeholder else 0
+        file.seek(start + length + length % 2)
+    return 0
+
+
+def _bytes_lost_of_page(file: BinaryIO, size: int) -> int:
+    """How much of an Ogg file's last page is cut off."""
+    file.seek(max(0, size - 65_307))  # the longest page
+    tail = file.read()
+    page = tail[max(0, tail.rfind(b"OggS")) :]
+    segments = page[26] if len(page) > 26 else 0
+    return 27 + segments + sum(page[27 : 27 + segments]) - len(page)
+
+
+class _SoundFile:
+    """A file that libsndfile decodes."""
+
+    def __init__(self, path: str | Path, file: BinaryIO) -> None:
+        import soundfile
+
+        self._path, self._file, self._error = path, file, soundfile.LibsndfileError
+        try:
+            # By descriptor: by name, libsndfile takes any .raw, .vox or .gsm file for headerless audio.
+            self._sound = soundfile.SoundFile(file.fileno(), closefd=False)
+        except soundfile.LibsndfileError as error:
+            raise AudioError(f"{path}: not audio, or damaged: {error.error_string}") from None
+        # soundfile would seek after each read: it fails in FLAC of unknown length and clicks in VBR MP3.
+        self._sound.seekable = lambda: False
+        self.rate, self.channels = self._sound.samplerate, self._sound.channels
+        frames = self._sound.frames
+        self.frames = frames if frames < _UNKNOWN_FRAMES else None
+        self._position = 0
+
+    def skip(self, frames: int) -> None:
+        """Go to frame `frames`; past the end, to the end."""
+        if self.frames is not None:
+            seek = max(0, min(frames, self.frames) - round(_SEEK_LEAD_SECONDS * self.rate))
+            try:
+                self._position = self._sound.seek(seek)
+            except self._error as error:
+                raise self._damaged(error.error_string) from None
+        while self._position < frames and len(self.read(min(frames - self._position, self.rate))):
+            pass
+
+    def read(self, frames: int) -> np.ndarray:
+        """Return the next float32 (n, channels), n <= frames; n = 0 at the end."""
+        try:
+            block = self._sound.read(frames, dtype="float32", always_2d=True)
+        except self._error as error:
+            raise self._damaged(error.error_string) from None
+        self._position += len(block)
+        lost = 0 if self.frames is None else self.frames - self._position
+        if len(block) < frames and lost > _LOST_SECONDS * self.rate:
+            raise self._damaged(f"the file declares {lost / self.rate:.2f} s more")
+        return block
+
+    def close(self) -> None:
+        self._sound.close()
+        self._file.close()
+
+    def _damaged(self, reason: str) -> AudioError:
+        return AudioError(_DAMAGED.format(path=self._path, seconds=self._position / self.rate, reason=reason))
+
+
+class _Ffmpeg:
+    """A file that an ffmpeg process decodes into a pipe, at its own rate and with its own channels."""
+
+    frames = None  # unknown until the end
+
+    def __init__(self, path: str | Path) -> None:
+        program = shutil.which("ffmpeg")
+        if program is None:
+            raise AudioError(f"{path}: not audio, or of a kind that libsndfile does not read: {_FFMPEG_HINT}")
+        self._path = path
+        # Not a pipe, which could fill up and stop the process.
+        self._messages = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
+        # Sun AU is the simplest header that tells rate and channels. The name goes in as "file:", so that no
+        # name is taken for an option or an address, and no playlist inside may reach for the network.
+        source = ["-nostdin", "-v", "error", "-xerror", "-protocol_whitelist", "file", "-i", f"file:{path}"]
+        target = ["-map", "0:a:0", "-c:a", "pcm_f32be", "-f", "au", "pipe:1"]
+        self._process = subprocess.Popen(
+            [program, *source, *target],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=self._messages,
+        )
+        assert self._process.stdout is not None
+        self._pipe = self._process.stdout
+        self._position = 0
+        header = self._pipe.read(24)
+        if len(header) < 24:
+            reason = self._message()
+            self.close()
+            raise AudioError(f"{path}: not audio, or damaged; ffmpeg says: {reason}")
+        _, start, _, _, self.rate, self.channels = struct.unpack(">6I", header)
+        self._pipe.read(start - 24)
+
+    def skip(self, frames: int) -> None:
+        """Go to frame `frames`; past the end, to the end."""
+        while self._position < frames and len(self.read(min(frames - self._position, self.rate))):
+            pass
+
+    def read(self, frames: int) -> np.ndarray:
+        """Return the next float32 (n, channels), n <= frames; n = 0 at the end."""
+        frame_bytes = 4 * self.channels
+        data = self._pipe.read(frames * frame_bytes)
+        block = np.frombuffer(data, ">f4", len(data) // frame_bytes * self.channels)
+        self._position += len(block) // self.channels
+        if len(data) < frames * frame_bytes:
+            message = self._message()
+            # Of a Matroska file cut short, ffmpeg complains with status 0.
+            if self._process.returncode != 0 or "prematurely" in message:
+                seconds, reason = self._position / self.rate, f"ffmpeg says: {message}"
+                raise AudioError(_DAMAGED.format(path=self._path, seconds=seconds, reason=reason))
+        return block.astype(np.float32).reshape(-1, self.channels)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._pipe.close()
+        self._messages.close()
+
+    def _message(self) -> str:
+        """What the process, once it ended, complained of first."""
+        self._process.wait()
+        self._messages.seek(0)
+        first = self._messages.readline().decode(errors="replace").strip()
+        return "it holds no audio" if "matches no streams" in first else re.sub(r"^(\[[^]]*\] ?)+", "", first)

@@ -1,0 +1,96 @@
+"""Augmentation: what may happen to an utterance's waveform, and which parts of its features are hidden.
+
+All of it is drawn from a generator that the caller seeds, so that a run can be repeated and resumed.
+"""
+
+import numpy as np
+import torch
+import torchaudio
+
+from asr.config import AugmentConfig
+
+SAMPLE_RATE = 16_000
+
+
+def draw_speed(config: AugmentConfig, rng: np.random.Generator) -> float:
+    """The speed at which an utterance will be played."""
+    return float(rng.choice(config.speeds))
+
+
+def change_speed(audio: torch.Tensor, speed: float) -> torch.Tensor:
+    """Play (samples,) faster or slower; pitch changes with it (Ko et al. 2015)."""
+    if speed == 1.0:
+        return audio
+    return torchaudio.functional.resample(audio, round(SAMPLE_RATE * speed / 100), SAMPLE_RATE // 100)
+
+
+def add_noise(audio: torch.Tensor, noise: torch.Tensor, snr_db: float) -> torch.Tensor:
+    """Mix noise (any length; repeated or cut to fit) into audio at a signal-to-noise ratio of the mean powers."""
+    if not len(noise) or not len(audio):
+        return audio
+    noise = noise.repeat(-(-len(audio) // len(noise)))[: len(audio)]
+    power, noise_power = audio.square().mean(), noise.square().mean()
+    if noise_power <= 0:
+        return audio
+    return audio + noise * torch.sqrt(power / noise_power * 10 ** (-snr_db / 10))
+
+
+def room_response(rng: np.random.Generator) -> torch.Tensor:
+    """A synthetic room impulse response: (samples,), the direct sound, then noise that decays by 60 dB in T60.
+
+    T60 is 0.1 to 0.7 s, the reverberation 3 to 15 dB below the direct sound in energy.
+    """
+    t60 = rng.uniform(0.1, 0.7)
+    time = np.arange(int(t60 * SAMPLE_RATE)) / SAMPLE_RATE
+    tail = rng.standard_normal(len(time)) * 10 ** (-3 * time / t60)
+    tail[: int(rng.uniform(0.001, 0.01) * SAMPLE_RATE)] = 0.0
+    tail *= np.sqrt(10 ** (-rng.uniform(3, 15) / 10) / (np.square(tail).sum() + 1e-12))
+    tail[0] = 1.0
+    return torch.from_numpy(tail.astype(np.float32))
+
+
+def filter_audio(audio: torch.Tensor, response: torch.Tensor | None, low_pass_hz: float | None) -> torch.Tensor:
+    """Convolve (samples,) with an impulse response and cut what lies above a frequency, in one transform."""
+    size = len(audio) + (len(response) if response is not None else 0)
+    size = 1 << max(size - 1, 1).bit_length()
+    spectrum = torch.fft.rfft(audio, size)
+    if response is not None:
+        spectrum = spectrum * torch.fft.rfft(response, size)
+    if low_pass_hz is not None:
+        edge = int(low_pass_hz / SAMPLE_RATE * size)
+        spectrum[edge:] = 0.0
+    return torch.fft.irfft(spectrum, size)[: len(audio)]
+
+
+def augment_audio(
+    audio: torch.Tensor, config: AugmentConfig, rng: np.random.Generator, noise: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Reverberation, band limit, noise and gain, each as the configuration's chances have it: (samples,) float32."""
+    response = room_response(rng) if rng.random() < config.reverberation_probability else None
+    limit = float(rng.uniform(3_000, 7_000)) if rng.random() < config.low_pass_probability else None
+    if response is not None or limit is not None:
+        audio = filter_audio(audio, response, limit)
+    if noise is not None:
+        audio = add_noise(audio, noise, float(rng.uniform(*config.noise_snr_db)))
+    gain = 10 ** (rng.uniform(-config.gain_db, config.gain_db) / 20)
+    return (audio * gain).clamp(-1.0, 1.0)
+
+
+def draw_masks(
+    frames: int, bands: int, config: AugmentConfig, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """SpecAugment (Park et al. 2019): which frames (frames,) and which bands (bands,) to hide, bool.
+
+    A mask hides at most a tenth of the frames of a short utterance, `time_mask_frames` of a long one.
+    """
+    hidden_frames, hidden_bands = np.zeros(frames, bool), np.zeros(bands, bool)
+    widest = min(config.time_mask_frames, frames // 10)
+    for _ in range(config.time_masks):
+        width = int(rng.integers(0, widest + 1))
+        start = int(rng.integers(0, frames - width + 1))
+        hidden_frames[start : start + width] = True
+    for _ in range(config.band_masks):
+        width = int(rng.integers(0, config.band_mask_bands + 1))
+        start = int(rng.integers(0, bands - width + 1))
+        hidden_bands[start : start + width] = True
+    return hidden_frames, hidden_bands

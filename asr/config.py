@@ -1,0 +1,264 @@
+"""Configurations: one complete TOML file a model, read into frozen dataclasses that refuse what is wrong."""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from asr.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def _check(good: bool, name: str, value: object, allowed: str) -> None:
+    if not good:
+        raise ConfigError(f"{name} = {value!r}: must be {allowed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureConfig:
+    """Log-mel features."""
+
+    sample_rate: int = 16_000
+    bands: int = 80
+    window_ms: int = 25
+    hop_ms: int = 10
+    low_hz: float = 20.0
+    high_hz: float = 7_600.0
+
+    def __post_init__(self) -> None:
+        _check(self.sample_rate == 16_000, "features.sample_rate", self.sample_rate, "16000")
+        _check(1 <= self.bands <= 128, "features.bands", self.bands, "1 to 128")
+        _check(1 <= self.hop_ms <= self.window_ms, "features.hop_ms", self.hop_ms, "1 to window_ms")
+        _check(0 <= self.low_hz < self.high_hz, "features.low_hz", self.low_hz, "at least 0 and below high_hz")
+        _check(self.high_hz <= self.sample_rate / 2, "features.high_hz", self.high_hz, "at most half sample_rate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network: strided convolutions, recurrent layers, look-ahead, output."""
+
+    bidirectional: bool
+    channels: tuple[int, ...] = (192, 256)
+    kernels: tuple[int, ...] = (5, 3)
+    strides: tuple[int, ...] = (2, 2)
+    hidden: int = 224
+    layers: int = 3
+    look_ahead: int = 0
+    dropout: float = 0.15
+    phone_layer: int = 0
+
+    def __post_init__(self) -> None:
+        _check(len(self.channels) > 0, "model.channels", self.channels, "a list of at least one width")
+        for name in ("kernels", "strides"):
+            value = getattr(self, name)
+            _check(len(value) == len(self.channels), f"model.{name}", value, "as many as model.channels")
+        for kernel, stride in zip(self.kernels, self.strides, strict=True):
+            _check(1 <= stride <= kernel, "model.strides", self.strides, "1 up to the kernel beside it")
+        _check(self.hidden >= 1, "model.hidden", self.hidden, "at least 1")
+        _check(self.layers >= 1, "model.layers", self.layers, "at least 1")
+        _check(0 <= self.dropout < 1, "model.dropout", self.dropout, "0 up to 1")
+        _check(0 <= self.look_ahead <= 32, "model.look_ahead", self.look_ahead, "0 to 32 frames")
+        _check(
+            not (self.bidirectional and self.look_ahead), "model.look_ahead", self.look_ahead,
+            "0 in a bidirectional network, which sees everything ahead",
+        )  # fmt: skip
+        _check(0 <= self.phone_layer <= self.layers, "model.phone_layer", self.phone_layer, "0 (none) to model.layers")
+
+    @property
+    def kind(self) -> str:
+        """The folder that such a network has in a model: "offline" or "streaming"."""
+        return "offline" if self.bidirectional else "streaming"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Prepared folders to train on and to tune on."""
+
+    train: tuple[str, ...]
+    dev: tuple[str, ...] = ()
+    weights: dict[str, float] = field(default_factory=dict)  # share of a source drawn each epoch, by its name
+    max_seconds: float = 20.0
+    dev_minutes: float = 30.0  # of the tuning data, evenly picked, scored after each epoch
+
+    def __post_init__(self) -> None:
+        _check(len(self.train) > 0, "data.train", self.train, "a list of at least one prepared folder")
+        _check(self.max_seconds > 0, "data.max_seconds", self.max_seconds, "above 0")
+        for source, weight in self.weights.items():
+            _check(0 <= weight <= 1, f"data.weights.{source}", weight, "0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """What is done to the training audio and its features; everything is drawn per utterance from the seed."""
+
+    speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
+    gain_db: float = 6.0
+    noise: str = ""
+    noise_probability: float = 0.0
+    noise_snr_db: tuple[float, ...] = (5.0, 30.0)
+    reverberation_probability: float = 0.0
+    low_pass_probability: float = 0.0
+    time_masks: int = 2
+    time_mask_frames: int = 30
+    band_masks: int = 2
+    band_mask_bands: int = 15
+
+    def __post_init__(self) -> None:
+        _check(all(0.5 <= s <= 2 for s in self.speeds) and len(self.speeds) > 0, "augment.speeds", self.speeds, "0.5 to 2")
+        for name in ("noise_probability", "reverberation_probability", "low_pass_probability"):
+            _check(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "0 to 1")
+        _check(
+            self.noise_probability == 0 or self.noise != "", "augment.noise", self.noise,
+            "a prepared folder where augment.noise_probability is above 0",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The optimisation."""
+
+    epochs: int
+    seed: int = 1
+    batch_seconds: float = 90.0
+    batch_utterances: int = 32
+    accumulate: int = 1
+    learning_rate: float = 2e-3
+    warmup_steps: int = 300
+    weight_decay: float = 1e-2
+    clip_norm: float = 2.0
+    phone_weight: float = 0.5
+    curriculum_seconds: float = 0.0
+    curriculum_step_seconds: float = 1.0
+    curriculum_epochs: int = 5
+    precision: str = "auto"
+    threads: int = 1
+    checkpoint_steps: int = 250
+    average: int = 5
+
+    def __post_init__(self) -> None:
+        _check(self.epochs >= 1, "training.epochs", self.epochs, "at least 1")
+        _check(self.batch_seconds > 0, "training.batch_seconds", self.batch_seconds, "above 0")
+        _check(self.batch_utterances >= 1, "training.batch_utterances", self.batch_utterances, "at least 1")
+        _check(self.accumulate >= 1, "training.accumulate", self.accumulate, "at least 1")
+        _check(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "above 0")
+        _check(self.clip_norm > 0, "training.clip_norm", self.clip_norm, "above 0")
+        _check(self.precision in ("auto", "fp32", "bf16"), "training.precision", self.precision, '"auto", "fp32" or "bf16"')
+        _check(self.threads >= 1, "training.threads", self.threads, "at least 1")
+        _check(self.checkpoint_steps >= 1, "training.checkpoint_steps", self.checkpoint_steps, "at least 1")
+        _check(self.average >= 1, "training.average", self.average, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole training: the data, the features, the network, the optimisation."""
+
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    features: FeatureConfig = FeatureConfig()
+    augment: AugmentConfig = AugmentConfig()
+    init_from: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """What a network folder's config.toml holds."""
+
+    format_version: int
+    features: FeatureConfig
+    model: ModelConfig
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
+    """Read a training configuration; `overrides` are "section.key=value", with values as in TOML.
+
+    Raises:
+        ConfigError: the file is missing or not TOML, a key is unknown, a value is impossible.
+    """
+    values = read_toml(path)
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {override}: write section.key=value")
+        try:
+            value = tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            value = text  # a bare word is a string
+        table = values
+        *sections, key = name.strip().split(".")
+        for section in sections:
+            table = table.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"--set {override}: {section} is a value, not a section")
+        table[key] = value
+    return from_dict(TrainConfig, values, where=str(path))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The contents of a TOML file; ConfigError names the file and the fault."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML ({error})") from error
+
+
+def from_dict(cls: type[T], values: dict[str, Any], *, where: str, prefix: str = "") -> T:
+    """Build a config class from plain values, refusing unknown keys by name and wrong types by value."""
+    hints = get_type_hints(cls)
+    unknown = sorted(values.keys() - hints.keys())
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], hints, n=1)
+        advice = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(hints)}"
+        raise ConfigError(f"{where}: unknown key {prefix}{unknown[0]}{advice}")
+    for known in dataclasses.fields(cls):  # type: ignore[arg-type]
+        required = known.default is dataclasses.MISSING and known.default_factory is dataclasses.MISSING
+        if required and known.name not in values:
+            raise ConfigError(f"{where}: {prefix}{known.name} is missing")
+    made = {key: _convert(hints[key], value, where, f"{prefix}{key}") for key, value in values.items()}
+    try:
+        return cls(**made)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _convert(kind: Any, value: Any, where: str, name: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: {name} = {value!r}: must be a section")
+        return from_dict(kind, value, where=where, prefix=f"{name}.")  # type: ignore[arg-type]
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_convert(get_args(kind)[0], v, where, name) for v in value)
+    if get_origin(kind) is dict and isinstance(value, dict):
+        return {k: _convert(get_args(kind)[1], v, where, f"{name}.{k}") for k, v in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not (isinstance(kind, type) and isinstance(value, kind)) or (kind is int and isinstance(value, bool)):
+        expected = getattr(kind, "__name__", str(kind))
+        raise ConfigError(f"{where}: {name} = {value!r}: must be of type {expected}")
+    return value
+
+
+def to_toml(config: Any) -> str:
+    """A config object as a complete TOML document, which `from_dict` reads back to an equal object."""
+    plain, sections = [], []
+    for known in dataclasses.fields(config):
+        value = getattr(config, known.name)
+        if dataclasses.is_dataclass(value):
+            sections.append(f"\n[{known.name}]\n{to_toml(value)}")
+        else:
+            plain.append(f"{known.name} = {_toml_value(value)}\n")
+    return "".join(plain + sections)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{json.dumps(k)} = {_toml_value(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,99 @@
+"""From log-probabilities to tokens and words: what every decoder has in common."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from asr.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSpan:
+    """One written token: frames [start_frame, end_frame) and its mean probability over them."""
+
+    token: int
+    start_frame: int
+    end_frame: int
+    confidence: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Word:
+    """One word with its start and end in seconds and a confidence in [0, 1].
+
+    The confidence is the product of the probabilities of the word's tokens: the network's own belief that all
+    of them are right.
+    """
+
+    text: str
+    start: float
+    end: float
+    confidence: float
+
+
+class Decoder(Protocol):
+    """Searches the log-probabilities of one segment as they arrive; costs the same for every block."""
+
+    def accept(self, log_probs: np.ndarray) -> None:
+        """Take the next frames, (frames, vocabulary), also none; the blank is token 0."""
+        ...
+
+    def tokens(self) -> list[TokenSpan]:
+        """The best tokens so far, in order."""
+        ...
+
+    def copy(self) -> "Decoder":
+        """The decoder as it stands now: the two go separate ways."""
+        ...
+
+
+def make_decoder(decoding: str) -> Decoder:
+    """A new decoder for one segment.
+
+    Raises:
+        ConfigError: `decoding` names none.
+    """
+    from asr.decoding.greedy import GreedyDecoder
+
+    if decoding != "greedy":
+        raise ConfigError(f"decoding = {decoding!r}: must be greedy")
+    return GreedyDecoder()
+
+
+def words_from_tokens(
+    spans: Iterable[TokenSpan], tokens: Sequence[str], *, start: float, end: float, frame: float, edge: float
+) -> list[Word]:
+    """Join tokens to words at the spaces, with times in seconds.
+
+    Args:
+        spans: of one segment, in order.
+        tokens: the vocabulary; a token may hold several characters, and spaces at its borders.
+        start, end: of the segment in the recording; word times are kept within.
+        frame: seconds to a frame.
+        edge: seconds of silence that were put before the segment.
+    """
+    words: list[Word] = []
+    text, first, last, confidence = "", 0, 0, 1.0
+
+    def close() -> None:
+        nonlocal text, confidence
+        if text:
+            begins, ends = (min(max(start + t * frame - edge, start), end) for t in (first, last))
+            words.append(Word(text=text, start=begins, end=ends, confidence=confidence))
+        text, confidence = "", 1.0
+
+    for span in spans:
+        token = tokens[span.token]
+        if token.startswith(" "):
+            close()
+        if token.strip():
+            first = first if text else span.start_frame
+            last = span.end_frame
+            text += token.strip()
+            confidence *= span.confidence
+        if token.endswith(" "):
+            close()
+    close()
+    return words

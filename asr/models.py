@@ -1,0 +1,153 @@
+"""The networks: an offline BiLSTM and a streaming LSTM, from samples to log-probabilities of tokens."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from asr.config import NetworkConfig, from_dict, read_toml, to_toml
+from asr.errors import ModelError
+from asr.features import LogMel
+from asr.nn import LSTM, BiLSTM, Chain, LookAhead, Normalise, State, StreamingLayer, StridedConvolution
+from asr.nn.layer import valid
+from asr.text import Tokenizer
+
+FORMAT_VERSION = 1
+
+
+class Output(StreamingLayer):
+    """A linear layer and log-softmax: (batch, time, size) -> log-probabilities (batch, time, tokens)."""
+
+    def __init__(self, size: int, tokens: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, tokens)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        return self._log_probs(x), lengths
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        return self._log_probs(x), state
+
+    def _log_probs(self, x: Tensor) -> Tensor:
+        logits = self.linear(x)
+        return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+    def _nothing(self, batch_size: int) -> Tensor:
+        return self.linear.weight.new_zeros(batch_size, 0, self.linear.out_features)
+
+
+class Network(Chain):
+    """Samples -> log-mel -> strided convolutions -> recurrent layers -> token log-probabilities.
+
+    `forward` takes audio (batch, samples) and lengths (batch,) in samples, edge silence included, and gives
+    log-probabilities (batch, samples // stride, tokens), blank first, with their lengths. A streaming network
+    also has `initial_state`, `step` and `finish` (asr.nn.StreamingLayer).
+
+    Args:
+        config: features and layers.
+        tokenizer: the vocabulary.
+        mean, variance: of the features, (bands,).
+        phones: names of the auxiliary phone targets, blank first; empty without them.
+    """
+
+    def __init__(
+        self, config: NetworkConfig, tokenizer: Tokenizer, mean: Tensor, variance: Tensor, phones: tuple[str, ...] = ()
+    ) -> None:
+        model = config.model
+        layers: list[StreamingLayer] = [LogMel(config.features), Normalise(mean, variance)]
+        size = config.features.bands
+        for channels, kernel, stride in zip(model.channels, model.kernels, model.strides, strict=True):
+            layers.append(StridedConvolution(size, channels, kernel, stride))
+            size = channels
+        self.first_recurrent = len(layers)
+        for _ in range(model.layers):
+            layers.append((BiLSTM if model.bidirectional else LSTM)(size, model.hidden, model.dropout))
+            size = model.hidden * (2 if model.bidirectional else 1)
+        if model.look_ahead:
+            layers.append(LookAhead(size, model.look_ahead))
+        layers.append(Output(size, len(tokenizer)))
+        super().__init__(layers)
+        self.config, self.tokenizer, self.phones = config, tokenizer, phones
+        self.phone_output = Output(size, len(phones)) if model.phone_layer and phones else None
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        features, frames = self.normalised_features(x, lengths)
+        log_probs, frames, _ = self.read_features(features, frames)
+        return log_probs, frames
+
+    def normalised_features(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Audio (batch, samples), lengths -> features (batch, frames, bands) of mean 0 and variance 1, lengths."""
+        log_mel, normalise = self._each()[:2]
+        audio = torch.where(valid(lengths, audio.shape[1]), audio, 0.0)
+        return normalise(*log_mel(audio, lengths))
+
+    def read_features(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Features -> token log-probabilities, lengths, and phone log-probabilities where the network has them."""
+        phones = None
+        phone_layer = self.first_recurrent + self.config.model.phone_layer - 1
+        for i, layer in enumerate(self._each()[2:], start=2):
+            x, lengths = layer(x, lengths)
+            if self.phone_output is not None and i == phone_layer:
+                phones, _ = self.phone_output(x, lengths)
+        return x, lengths, phones
+
+
+def save_network(network: Network, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
+    """Write config.toml, tokens.txt and weights.safetensors into `folder`, replacing it whole.
+
+    Args:
+        dtype: what floating-point weights are stored in (float16 halves the file).
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    (temporary / "config.toml").write_text(to_toml(network.config), encoding="utf-8")
+    network.tokenizer.save(temporary / "tokens.txt")
+    if network.phones:
+        (temporary / "phones.txt").write_text("\n".join(network.phones) + "\n", encoding="utf-8")
+    weights = {
+        name: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
+        for name, value in network.state_dict().items()
+    }
+    save_file(weights, temporary / "weights.safetensors")
+    replace_folder(temporary, folder)
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Move a finished folder to its place; what was there before goes."""
+    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_network(folder: str | Path) -> Network:
+    """Read a network folder: the module in evaluation mode, float32.
+
+    Raises:
+        ModelError: a file is missing, unreadable, or does not fit the configuration.
+    """
+    folder = Path(folder)
+    for name in ("config.toml", "tokens.txt", "weights.safetensors"):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder}: {name} is missing; the model is incomplete")
+    values = read_toml(folder / "config.toml")
+    if values.get("format_version") != FORMAT_VERSION:
+        raise ModelError(f"{folder}: format version {values.get('format_version')}, this program reads {FORMAT_VERSION}")
+    config = from_dict(NetworkConfig, values, where=str(folder / "config.toml"))
+    tokenizer = Tokenizer.load(folder / "tokens.txt")
+    phones = folder / "phones.txt"
+    names = tuple(phones.read_text(encoding="utf-8").split()) if phones.is_file() else ()
+    bands = torch.zeros(config.features.bands)
+    network = Network(config, tokenizer, bands, bands, names)
+    try:
+        weights = load_file(folder / "weights.safetensors")
+        network.load_state_dict({name: v.float() if v.is_floating_point() else v for name, v in weights.items()})
+    except Exception as error:  # safetensors raises its own kinds, torch RuntimeError
+        raise ModelError(f"{folder}/weights.safetensors: {str(error).splitlines()[0]}") from error
+    return network.eval()

@@ -1,0 +1,154 @@
+"""Layers with a fixed window over time: normalisation, strided causal convolution, look-ahead."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from asr.nn.layer import State, StreamingLayer, valid, window_state, windows
+
+
+class Normalise(StreamingLayer):
+    """Shift and scale each channel by stored statistics: (x - mean) / sqrt(variance).
+
+    Args:
+        mean, variance: (channels,), measured over the training data and kept with the model.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, mean: Tensor, variance: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", (variance + 1e-5).rsqrt())
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        return (x - self.mean) * self.scale, lengths
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        return (x - self.mean) * self.scale, state
+
+    def _nothing(self, batch_size: int) -> Tensor:
+        return self.mean.new_zeros(batch_size, 0, len(self.mean))
+
+
+class StridedConvolution(StreamingLayer):
+    """A causal convolution over time with a stride, batch normalisation and ReLU.
+
+    Frame t of the output sees input frames up to stride * (t + 1) - 1, with zeros before the first one.
+    """
+
+    def __init__(self, input_size: int, output_size: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv1d(input_size, output_size, kernel, stride, bias=False)
+        self.norm = MaskedBatchNorm(output_size)
+        self.kernel, self.stride = kernel, stride
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        lengths = lengths // self.stride
+        frames, _ = windows(x, None, self.kernel, self.stride)
+        return self._convolve(frames, lengths), lengths
+
+    def initial_state(self, batch_size: int) -> State:
+        weight = self.convolution.weight
+        return window_state(weight.new_zeros(batch_size, 0, weight.shape[1]), self.kernel)
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        frames, state = windows(x, state, self.kernel, self.stride)
+        return self._convolve(frames, None), state
+
+    def _convolve(self, frames: Tensor, lengths: Tensor | None) -> Tensor:
+        if frames.shape[1] < self.kernel:
+            return self._nothing(frames.shape[0])
+        y = self.convolution(frames.transpose(1, 2)).transpose(1, 2)
+        return F.relu(self.norm(y, lengths))
+
+    def _nothing(self, batch_size: int) -> Tensor:
+        weight = self.convolution.weight
+        return weight.new_zeros(batch_size, 0, weight.shape[0])
+
+
+class MaskedBatchNorm(nn.Module):
+    """Batch normalisation over the valid frames alone, of all ranks where training is distributed.
+
+    Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167.
+    """
+
+    running_mean: Tensor
+    running_variance: Tensor
+
+    def __init__(self, size: int, momentum: float = 0.05, epsilon: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.register_buffer("running_mean", torch.zeros(size))
+        self.register_buffer("running_variance", torch.ones(size))
+        self.momentum, self.epsilon = momentum, epsilon
+
+    def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        """x (batch, time, size), lengths (batch,) or None where all frames are valid -> like x."""
+        mean, variance = self.running_mean, self.running_variance
+        if self.training and lengths is not None:
+            inside = valid(lengths, x.shape[1])[..., None]
+            kept = torch.where(inside, x, 0.0).float()
+            sums = torch.cat([kept.sum((0, 1)), (kept**2).sum((0, 1)), inside.sum().float()[None]])
+            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+                import torch.distributed.nn.functional as distributed  # differentiable, unlike dist.all_reduce
+
+                sums = distributed.all_reduce(sums)
+            count = sums[-1].clamp(min=1.0)
+            size = len(self.weight)
+            mean = sums[:size] / count
+            variance = (sums[size : 2 * size] / count - mean**2).clamp(min=0.0)
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_variance.lerp_(variance, self.momentum)
+        scale = self.weight * (variance + self.epsilon).rsqrt()
+        return x * scale + (self.bias - mean * scale)
+
+
+class LookAhead(StreamingLayer):
+    """A convolution over this frame and the next `frames` ones, one filter a channel, with a residual path.
+
+    The row convolution of Amodei et al. 2015, https://arxiv.org/abs/1512.02595, section 3.7.
+    """
+
+    def __init__(self, size: int, frames: int) -> None:
+        super().__init__()
+        self.latency = frames
+        self.weight = nn.Parameter(torch.zeros(frames + 1, size))
+        with torch.no_grad():
+            self.weight[0] = 1.0
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.where(valid(lengths, x.shape[1])[..., None], x, 0.0)
+        return self._filter(F.pad(x, (0, 0, 0, self.latency))), lengths
+
+    def initial_state(self, batch_size: int) -> State:
+        held = self.weight.new_zeros(batch_size, self.latency, self.weight.shape[1])
+        return held, torch.zeros(batch_size, dtype=torch.long, device=held.device)
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        held, seen = state
+        before = int(seen[0])
+        joined = torch.cat([held, x], dim=1)
+        # Until the look-ahead has filled, the oldest frames of the buffer come from before the stream.
+        y = self._filter(joined)[:, max(self.latency - before, 0) :]
+        count = min(before + x.shape[1], self.latency)
+        return y, (joined[:, joined.shape[1] - self.latency :].clone(), torch.full_like(seen, count))
+
+    def finish(self, state: State) -> tuple[Tensor, Tensor]:
+        held, seen = state
+        y = self._filter(F.pad(held, (0, 0, 0, self.latency)))[:, self.latency - int(seen[0]) :]
+        return y, seen.clone()
+
+    def _filter(self, x: Tensor) -> Tensor:
+        time = x.shape[1] - self.latency
+        y = x[:, :time] * self.weight[0]
+        for k in range(1, self.latency + 1):
+            y = y + x[:, k : k + time] * self.weight[k]
+        return y
+
+    def _nothing(self, batch_size: int) -> Tensor:
+        return self.weight.new_zeros(batch_size, 0, self.weight.shape[1])

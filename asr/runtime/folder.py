@@ -1,0 +1,67 @@
+"""The model folder: finds what is in it and names what is missing, half-written or of another version."""
+
+from pathlib import Path
+
+from asr.config import read_toml
+from asr.errors import ConfigError, ModelError
+
+FORMAT_VERSION = 1
+NETWORKS = ("offline", "streaming")
+_GRAPHS = {"int8": "model.int8.onnx", "fp32": "model.onnx"}
+_SHIPPED = Path(__file__).parents[1] / "shipped"
+
+
+def find_networks(path: str | Path | None) -> dict[str, Path]:
+    """The networks of a model folder by name, "offline" or "streaming" or both; None is the shipped model.
+
+    Raises:
+        ModelError: no such folder, no network in it, or one that is incomplete or of another version.
+    """
+    folder = _SHIPPED if path is None else Path(path)
+    if not folder.is_dir():
+        if path is None:
+            raise ModelError("this installation ships no model; name a model folder")
+        raise ModelError(f"{folder}: " + ("not a folder" if folder.exists() else "no such model folder"))
+    networks = {name: folder / name for name in NETWORKS if (folder / name).is_dir()}
+    if not networks:
+        if (folder / "model").is_dir():
+            hint = f"; this looks like a training run, whose model is {folder / 'model'}"
+        elif (folder / "config.toml").is_file():
+            hint = f"; this looks like one network of the model {folder.absolute().parent}"
+        else:
+            hint = ""
+        raise ModelError(f"{folder}: not a model: neither offline/ nor streaming/ is in it{hint}")
+    for network in networks.values():
+        _check(network)
+    return networks
+
+
+def _check(network: Path) -> None:
+    for name in ("config.toml", "tokens.txt"):
+        if not (network / name).is_file():
+            raise ModelError(f"{network}: {name} is missing; the model is incomplete")
+    try:
+        version = read_toml(network / "config.toml").get("format_version")
+    except ConfigError as error:
+        raise ModelError(f"{error}; the model is damaged") from error
+    if version != FORMAT_VERSION:
+        raise ModelError(f"{network}: format version {version}, this program reads {FORMAT_VERSION}")
+
+
+def find_graph(network: Path, precision: str | None) -> Path:
+    """The ONNX graph of a network folder; precision None takes int8 before fp32.
+
+    Raises:
+        ModelError: it is not there; the message says how to make it.
+    """
+    wanted = _GRAPHS.values() if precision is None else [_GRAPHS[precision]]
+    for name in wanted:
+        if (network / name).is_file():
+            return network / name
+    missing = " and ".join(wanted)
+    present = [precision for precision, name in _GRAPHS.items() if (network / name).is_file()]
+    raise ModelError(
+        f"{network}: {missing} is missing"
+        + (f" (it has {', '.join(present)})" if present else "")
+        + f"; `asr export {network.parent} -o DIR --to model` makes a folder with every graph"
+    )

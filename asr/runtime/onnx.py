@@ -1,0 +1,86 @@
+"""Networks on ONNX Runtime; the features are in the graph, so samples go in."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from asr.audio import SAMPLE_RATE
+from asr.errors import ModelError
+from asr.runtime import State
+from asr.runtime.folder import FORMAT_VERSION
+
+
+def open_graph(path: Path, *, threads: int = 1) -> "OnnxOffline | OnnxStreaming":
+    """Open an exported graph; its metadata says which kind it is.
+
+    Raises:
+        ModelError: it is damaged, of another version, or was not exported by this program.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Waiting threads sleep: a live stream computes for a few milliseconds in every 160.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3  # errors; they are raised as well
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises many kinds of its own
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{path}: not a readable graph, the model may be half-written ({reason})") from error
+    metadata = session.get_modelmeta().custom_metadata_map
+    version = metadata.get("format_version")
+    if version != str(FORMAT_VERSION):
+        raise ModelError(f"{path}: graph of format version {version}, this program reads {FORMAT_VERSION}")
+    try:
+        if int(metadata["sample_rate"]) != SAMPLE_RATE:
+            raise ModelError(f"{path}: for {metadata['sample_rate']} Hz, this program reads {SAMPLE_RATE} Hz")
+        return {"offline": OnnxOffline, "streaming": OnnxStreaming}[metadata["kind"]](session, metadata)
+    except (KeyError, ValueError) as error:
+        raise ModelError(f"{path}: the graph's metadata is wrong ({error})") from error
+
+
+class OnnxOffline:
+    """A whole-utterance network (see asr.runtime.OfflineEngine)."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, metadata: dict[str, str]) -> None:
+        self._session = session
+        self.samples_per_frame = int(metadata["samples_per_frame"])
+        self.vocab_size = int(metadata["vocab_size"])
+
+    def log_probs(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Float32 (samples,) each -> float32 (samples // samples_per_frame, vocab_size) each."""
+        if not batch:
+            return []
+        lengths = np.array([len(samples) for samples in batch], np.int64)
+        audio = np.zeros((len(batch), lengths.max()), np.float32)
+        for row, samples in zip(audio, batch, strict=True):
+            row[: len(samples)] = samples
+        values, frames = self._session.run(["log_probs", "frames"], {"audio": audio, "lengths": lengths})
+        return [row[:n] for row, n in zip(np.asarray(values), np.asarray(frames), strict=True)]
+
+
+class OnnxStreaming:
+    """A network that reads streams (see asr.runtime.StreamingEngine)."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, metadata: dict[str, str]) -> None:
+        self._session = session
+        self.samples_per_frame = int(metadata["samples_per_frame"])
+        self.latency_frames = int(metadata["latency_frames"])
+        self.vocab_size = int(metadata["vocab_size"])
+        self._shapes = [tuple(shape) for shape in json.loads(metadata["state_shapes"])]
+        self._outputs = ["log_probs", *(f"new_state_{i}" for i in range(len(self._shapes)))]
+
+    def initial_state(self, batch: int = 1) -> State:
+        """Zeros."""
+        return tuple(np.zeros((batch, *shape), np.float32) for shape in self._shapes)
+
+    def step(self, audio: np.ndarray, state: State, flush: bool = False) -> tuple[np.ndarray, State]:
+        """Read (batch, samples) -> log-probabilities (batch, frames, vocab_size), new state."""
+        inputs = {f"state_{i}": part for i, part in enumerate(state)}
+        log_probs, *new = self._session.run(
+            self._outputs, {"audio": audio, "flush": np.array([flush], np.float32), **inputs}
+        )
+        return np.asarray(log_probs), tuple(np.asarray(part) for part in new)

@@ -1,0 +1,87 @@
+"""Text as the recognizer writes it: normalisation, and the tokenizer that spells it."""
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from asr.errors import TextError
+
+BLANK = "<blank>"
+SPACE = "<space>"
+_APOSTROPHES = str.maketrans({"’": "'", "ʼ": "'", "‘": "'", "`": "'"})
+
+
+def normalize(text: str) -> str:
+    """Return `text` as it is scored and trained on, in any script: NFKC, lower case, without punctuation.
+
+    An apostrophe is kept inside a word ("don't") and dropped at its edges; a hyphen or a slash parts words.
+    """
+    text = unicodedata.normalize("NFKC", text).casefold().translate(_APOSTROPHES)
+    text = unicodedata.normalize("NFKC", text)
+    kept = "".join(
+        c if c == "'" else " " if unicodedata.category(c)[0] in "PSZC" else c for c in text
+    )
+    return " ".join(word for word in (w.strip("'") for w in kept.split()) if word)
+
+
+class Tokenizer:
+    """A vocabulary of characters with the CTC blank at index 0.
+
+    Args:
+        tokens: the vocabulary in order; the first one is `<blank>`, a space is a plain " ".
+    """
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        if not tokens or tokens[0] != BLANK or len(set(tokens)) != len(tokens):
+            raise TextError(f"a vocabulary starts with {BLANK} and repeats nothing; got {list(tokens)[:5]} ...")
+        self.tokens = tuple(tokens)
+        self._ids = {token: i for i, token in enumerate(self.tokens)}
+
+    @classmethod
+    def characters(cls, texts: Iterable[str]) -> "Tokenizer":
+        """The vocabulary of all characters that occur in `texts` (normalised here)."""
+        found: set[str] = set()
+        for text in texts:
+            found.update(normalize(text))
+        return cls([BLANK, *sorted(found | {" "})])
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Read `tokens.txt`: a token a line, in order.
+
+        Raises:
+            TextError: the file is missing or is not a vocabulary.
+        """
+        try:
+            lines = Path(path).read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TextError(f"{path}: cannot read the vocabulary ({error})") from error
+        try:
+            return cls([" " if line == SPACE else line for line in lines if line])
+        except TextError as error:
+            raise TextError(f"{path}: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write `tokens.txt`; the space is written `<space>`."""
+        lines = [SPACE if token == " " else token for token in self.tokens]
+        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """Token indices of `text`, normalised first.
+
+        Raises:
+            TextError: a character is not in the vocabulary; all such characters are named.
+        """
+        text = normalize(text)
+        unknown = sorted(set(text) - self._ids.keys())
+        if unknown:
+            named = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown)
+            raise TextError(f"the vocabulary of {len(self)} tokens cannot spell {named} in {text!r}")
+        return [self._ids[c] for c in text]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token indices; blanks are dropped, repeats are kept."""
+        return "".join(self.tokens[i] for i in ids if i != 0)

@@ -1,0 +1,92 @@
+"""Checkpoints that restore a run exactly: weights, optimiser, position in the data, random states.
+
+Tensors are stored as safetensors and the rest as JSON: loading never unpickles. A checkpoint is written under a
+temporary name and renamed, so the newest complete one is always whole.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from asr.errors import ModelError
+from asr.models import Network, replace_folder
+
+_KEPT = 2
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    network: Network,
+    optimizer: torch.optim.Optimizer,
+    random_states: list[Tensor],
+    progress: dict,
+) -> None:
+    """Write `folder`/step-NNNNNNNN and remove all but the newest two.
+
+    Args:
+        random_states: torch's generator state of each rank.
+        progress: anything JSON holds: the position in the data, the best score, counters.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".step-{step:08d}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    save_file(_owned(network.state_dict()), temporary / "weights.safetensors")
+    state = optimizer.state_dict()["state"]
+    moments = {f"{i}.{name}": value for i, entry in state.items() for name, value in entry.items()}
+    save_file(_owned(moments), temporary / "optimizer.safetensors")
+    save_file({f"rank-{i}": s.clone() for i, s in enumerate(random_states)}, temporary / "random.safetensors")
+    (temporary / "progress.json").write_text(json.dumps({**progress, "step": step}), encoding="utf-8")
+    replace_folder(temporary, folder / f"step-{step:08d}")
+    for old in checkpoints(folder)[:-_KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if (p / "progress.json").is_file())
+
+
+def load_checkpoint(
+    path: Path, network: Network, optimizer: torch.optim.Optimizer, rank: int
+) -> dict:
+    """Restore a checkpoint into the network, the optimiser and this process's generator; gives its progress.
+
+    Raises:
+        ModelError: a file is unreadable or belongs to another network.
+    """
+    try:
+        device = next(network.parameters()).device
+        network.load_state_dict(load_file(path / "weights.safetensors"))
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in load_file(path / "optimizer.safetensors").items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = value.to(device) if key != "step" else value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        states = load_file(path / "random.safetensors")
+        progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+    except Exception as error:
+        raise ModelError(f"{path}: cannot continue from this checkpoint: {str(error).splitlines()[0]}") from error
+    own = states.get(f"rank-{rank}")
+    if own is not None:
+        torch.set_rng_state(own)
+    return progress
+
+
+def average_weights(paths: list[Path]) -> dict[str, Tensor]:
+    """The mean of the weights of several safetensors files (Polyak and Juditsky 1992)."""
+    mean: dict[str, Tensor] = {}
+    for path in paths:
+        for name, value in load_file(path).items():
+            share = value.double() / len(paths) if value.is_floating_point() else value
+            mean[name] = mean[name] + share if name in mean and value.is_floating_point() else share
+    return {name: value.float() if value.dtype == torch.float64 else value for name, value in mean.items()}
+
+
+def _owned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}

@@ -1,0 +1,274 @@
+"""Batches to train on: which utterances together, in what order, at what speed, and their tensors.
+
+Everything is a function of the configuration, the epoch and the row, so that a run can stop at any batch and go
+on, with any number of workers, on the same data in the same order.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from asr.augment import SAMPLE_RATE, augment_audio, change_speed, draw_masks, draw_speed
+from asr.config import TrainConfig
+from asr.errors import ConfigError, TextError
+from asr.text import Tokenizer
+from asr.training.shards import ShardDataset, Statistics
+
+EDGE_SAMPLES = SAMPLE_RATE // 4  # 250 ms of silence before and after: short words need frames to be written on
+_GRID = SAMPLE_RATE * 32 // 100  # batch lengths are rounded up to this: each new shape costs oneDNN a set-up
+_ORDER, _ROW = 0, 1  # streams of random numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A padded batch.
+
+    Attributes:
+        audio: (batch, samples) float32, edge silence included; lengths: (batch,) samples.
+        tokens: (batch, longest) int64, token_lengths: (batch,); likewise phones, of length 0 where unknown.
+        hidden_frames: (batch, feature frames) bool; hidden_bands: (batch, bands) bool: SpecAugment's masks.
+        utterances: of the global batch, over all ranks; token_count, phone_count: likewise.
+    """
+
+    audio: torch.Tensor
+    lengths: torch.Tensor
+    tokens: torch.Tensor
+    token_lengths: torch.Tensor
+    phones: torch.Tensor
+    phone_lengths: torch.Tensor
+    hidden_frames: torch.Tensor
+    hidden_bands: torch.Tensor
+    token_count: int
+    phone_count: int
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()}
+        return Batch(**moved)
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    rows: tuple[int, ...]
+    speeds: tuple[float, ...]
+    samples: int
+
+
+class Corpus:
+    """The utterances of one or more prepared folders, encoded.
+
+    Args:
+        folders: what `asr prepare` wrote, with audio.
+        tokenizer: None makes one from the texts.
+        phones: names of the phones, blank first; None takes those that occur.
+
+    Attributes:
+        unspelled: ids of utterances that the tokenizer cannot spell; they are left out.
+    """
+
+    def __init__(
+        self, folders: Sequence[str], tokenizer: Tokenizer | None = None, phones: tuple[str, ...] | None = None
+    ) -> None:
+        self.datasets = [ShardDataset(folder) for folder in folders]
+        for dataset in self.datasets:
+            if dataset.info["store"] != "audio":
+                raise ConfigError(f"{dataset.folder}: holds features only; training needs audio (--store audio)")
+        self.tokenizer = tokenizer or Tokenizer.characters(t for d in self.datasets for t in d.texts)
+        self.phones = phones if phones is not None else _phones_in(self.datasets)
+        ids = {phone: i for i, phone in enumerate(self.phones)}
+        self.where: list[tuple[int, int]] = []
+        self.tokens: list[list[int]] = []
+        self.phone_ids: list[list[int]] = []
+        self.unspelled: list[str] = []
+        sources = []
+        for d, dataset in enumerate(self.datasets):
+            for row, (text, phones_of_row) in enumerate(zip(dataset.texts, dataset.phones, strict=True)):
+                try:
+                    tokens = self.tokenizer.encode(text)
+                except TextError:
+                    self.unspelled.append(dataset.ids[row])
+                    continue
+                self.where.append((d, row))
+                self.tokens.append(tokens)
+                self.phone_ids.append([ids[p] for p in (phones_of_row or "").split() if p in ids])
+                sources.append(dataset.sources[row])
+        self.sources = np.array(sources)
+        self.n_samples = np.array([self.datasets[d].n_samples[row] for d, row in self.where], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+    @property
+    def statistics(self) -> Statistics:
+        """Feature statistics of all folders together."""
+        return Statistics.join(d.statistics for d in self.datasets)
+
+    def text(self, index: int) -> str:
+        """Normalised text of an utterance."""
+        d, row = self.where[index]
+        return self.datasets[d].texts[row]
+
+    def audio(self, index: int) -> torch.Tensor:
+        """Samples of an utterance: (samples,) float32 in [-1, 1)."""
+        d, row = self.where[index]
+        return torch.from_numpy(self.datasets[d].audio(row).astype(np.float32) / 32768)
+
+
+def _phones_in(datasets: Sequence[ShardDataset]) -> tuple[str, ...]:
+    found = {p for d in datasets for phones in d.phones if phones for p in phones.split()}
+    return ("<blank>", *sorted(found)) if found else ()
+
+
+def frames_needed(tokens: Sequence[int]) -> int:
+    """Output frames that CTC needs for a label sequence: one a token, and a blank between equal neighbours."""
+    return len(tokens) + sum(a == b for a, b in zip(tokens, tokens[1:], strict=False))
+
+
+class Sampler:
+    """Deals a corpus into batches of like length, the same in every run of one configuration.
+
+    Args:
+        stride: samples to an output frame of the network.
+
+    Attributes:
+        too_long: utterances left out because they are longer than data.max_seconds.
+        too_dense: utterances left out because their text has more tokens than their audio has output frames.
+    """
+
+    def __init__(self, corpus: Corpus, config: TrainConfig, stride: int) -> None:
+        self.corpus, self.config = corpus, config
+        slowest = min(config.augment.speeds)
+        fastest = max(config.augment.speeds)
+        need = np.array([frames_needed(tokens) for tokens in corpus.tokens], dtype=np.int64)
+        long = corpus.n_samples / slowest > config.data.max_seconds / slowest * SAMPLE_RATE
+        dense = need > (corpus.n_samples / fastest + 2 * EDGE_SAMPLES) // stride
+        empty = np.array([not tokens for tokens in corpus.tokens], dtype=bool)
+        self.usable = np.flatnonzero(~long & ~dense & ~empty)
+        self.too_long, self.too_dense = int(long.sum()), int((dense & ~long).sum())
+        if not len(self.usable):
+            raise ConfigError(
+                f"no utterance of {', '.join(config.data.train)} can be trained on: {len(corpus)} there, "
+                f"{self.too_long} too long, {self.too_dense} with more tokens than frames"
+            )
+
+    def epoch(self, epoch: int) -> list[_Planned]:
+        """The global batches of an epoch (from 0), in training order."""
+        config, training = self.config, self.config.training
+        rng = np.random.default_rng([training.seed, _ORDER, epoch])
+        rows = self.usable
+        if config.data.weights:
+            weight = np.array([config.data.weights.get(s, 1.0) for s in self.corpus.sources[rows]])
+            rows = rows[rng.random(len(rows)) < weight]
+        if training.curriculum_seconds and epoch < training.curriculum_epochs:
+            longest = training.curriculum_seconds + epoch * training.curriculum_step_seconds
+            short = rows[self.corpus.n_samples[rows] <= longest * SAMPLE_RATE]
+            rows = short if len(short) else rows
+        speeds = np.array([draw_speed(config.augment, rng) for _ in rows])
+        lengths = np.ceil(self.corpus.n_samples[rows] / speeds).astype(np.int64) + 2 * EDGE_SAMPLES
+        order = np.argsort(lengths * rng.uniform(0.97, 1.03, len(rows)), kind="stable")
+        batches: list[_Planned] = []
+        start = 0
+        for end in range(1, len(order) + 1):
+            group = order[start:end]
+            after = order[start : end + 1]
+            widest = int(lengths[after].max())
+            full = len(after) > training.batch_utterances or widest * len(after) > training.batch_seconds * SAMPLE_RATE
+            if end == len(order) or full:
+                samples = -(-int(lengths[group].max()) // _GRID) * _GRID
+                batches.append(_Planned(tuple(rows[group]), tuple(speeds[group]), samples))
+                start = end
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+
+class Loader:
+    """Turns planned batches into tensors, one rank's share of each.
+
+    Args:
+        augment: apply the configuration's augmentation (training) or none of it (tuning).
+    """
+
+    def __init__(
+        self, corpus: Corpus, config: TrainConfig, hop: int, *, rank: int = 0, world: int = 1, augment: bool = True
+    ) -> None:
+        self.corpus, self.config, self.hop = corpus, config, hop
+        self.rank, self.world, self.augment = rank, world, augment
+        self.noise = ShardDataset(config.augment.noise) if augment and config.augment.noise else None
+
+    def batches(self, planned: Sequence[_Planned], epoch: int) -> Iterator[Batch]:
+        """The tensors of each planned batch."""
+        for plan in planned:
+            yield self.batch(plan, epoch)
+
+    def batch(self, plan: _Planned, epoch: int) -> Batch:
+        """The tensors of one planned batch; a rank without a row of its own gets one of length-0 texts."""
+        corpus, bands = self.corpus, self.config.features.bands
+        pairs = list(zip(plan.rows, plan.speeds, strict=True))
+        mine = pairs[self.rank :: self.world]
+        idle = not mine
+        if idle:
+            mine = pairs[:1]
+        audio = torch.zeros(len(mine), plan.samples)
+        lengths = torch.zeros(len(mine), dtype=torch.long)
+        frames = plan.samples // self.hop
+        hidden_frames = np.zeros((len(mine), frames), bool)
+        hidden_bands = np.zeros((len(mine), bands), bool)
+        for i, (row, speed) in enumerate(mine):
+            samples = corpus.audio(row)
+            if self.augment:
+                rng = np.random.default_rng([self.config.training.seed, _ROW, epoch, int(row)])
+                samples = change_speed(samples, speed)
+                samples = augment_audio(samples, self.config.augment, rng, self._noise(rng))
+            samples = samples[: plan.samples - 2 * EDGE_SAMPLES]
+            audio[i, EDGE_SAMPLES : EDGE_SAMPLES + len(samples)] = samples
+            lengths[i] = len(samples) + 2 * EDGE_SAMPLES
+            if self.augment:
+                n = int(lengths[i]) // self.hop
+                hidden_frames[i, :n], hidden_bands[i] = draw_masks(n, bands, self.config.augment, rng)
+        tokens, token_lengths = _pad([[] if idle else corpus.tokens[row] for row, _ in mine])
+        phones, phone_lengths = _pad([[] if idle else corpus.phone_ids[row] for row, _ in mine])
+        return Batch(
+            audio=audio,
+            lengths=lengths,
+            tokens=tokens,
+            token_lengths=token_lengths,
+            phones=phones,
+            phone_lengths=phone_lengths,
+            hidden_frames=torch.from_numpy(hidden_frames),
+            hidden_bands=torch.from_numpy(hidden_bands),
+            token_count=sum(len(corpus.tokens[row]) for row in plan.rows),
+            phone_count=sum(len(corpus.phone_ids[row]) for row in plan.rows),
+        )
+
+    def _noise(self, rng: np.random.Generator) -> torch.Tensor | None:
+        if self.noise is None or rng.random() >= self.config.augment.noise_probability:
+            return None
+        samples = self.noise.audio(int(rng.integers(len(self.noise))))
+        start = int(rng.integers(max(len(samples), 1)))
+        return torch.from_numpy(np.roll(samples, -start).astype(np.float32) / 32768)
+
+
+def tuning_plan(corpus: Corpus, minutes: float, seconds: float) -> list[_Planned]:
+    """A plan that reads about `minutes` of a corpus, evenly picked, unchanged, shortest first, in batches of `seconds`."""
+    step = max(round(corpus.n_samples.sum() / SAMPLE_RATE / 60 / minutes), 1)
+    picked = np.arange(0, len(corpus), step)
+    order = picked[np.argsort(corpus.n_samples[picked], kind="stable")]
+    plans, start = [], 0
+    for end in range(1, len(order) + 1):
+        longest = int(corpus.n_samples[order[end]]) if end < len(order) else 0
+        full = (longest + 2 * EDGE_SAMPLES) * (end + 1 - start) > seconds * SAMPLE_RATE
+        if end == len(order) or full:
+            group = order[start:end]
+            samples = int(corpus.n_samples[group].max()) + 2 * EDGE_SAMPLES
+            plans.append(_Planned(tuple(group), (1.0,) * len(group), -(-samples // _GRID) * _GRID))
+            start = end
+    return plans
+
+
+def _pad(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+    padded = torch.zeros(len(rows), max(int(lengths.max()), 1), dtype=torch.long)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return padded, lengths

@@ -1,0 +1,117 @@
+"""Prepared data on disk: Arrow shards of utterances, and the reader that maps them into memory."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from asr.errors import ConfigError
+
+VERSION = 1
+ROWS_PER_BATCH = 64
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("audio", pa.large_binary()),  # int16 little-endian, mono, 16 kHz; empty where only features are kept
+        ("n_samples", pa.int64()),
+        ("features", pa.large_binary()),  # float16 (n_frames, n_mels) row-major, or null
+        ("n_frames", pa.int32()),
+        ("text", pa.string()),  # normalised
+        ("phones", pa.string()),  # space-separated, or null
+        ("speaker", pa.string()),
+        ("source", pa.string()),
+    ]
+)
+
+
+def write_shard(path: str | Path, rows: Iterable[dict]) -> None:
+    """Write `rows` (dicts of `SCHEMA`'s fields) as one uncompressed Arrow IPC file, atomically."""
+    rows = list(rows)
+    temporary = Path(f"{path}.tmp-{os.getpid()}")
+    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        for start in range(0, len(rows), ROWS_PER_BATCH):
+            writer.write_batch(pa.RecordBatch.from_pylist(rows[start : start + ROWS_PER_BATCH], SCHEMA))
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Sums over the feature frames of a data set: `mean` and `variance` are (n_mels,) float64."""
+
+    frames: int
+    mean: np.ndarray
+    variance: np.ndarray
+
+    @classmethod
+    def join(cls, parts: "Iterable[Statistics]") -> "Statistics":
+        """The statistics of all frames of `parts` together."""
+        parts = list(parts)
+        frames = sum(p.frames for p in parts)
+        mean = np.sum([p.mean * (p.frames / frames) for p in parts], axis=0)
+        square = np.sum([(p.variance + p.mean**2) * (p.frames / frames) for p in parts], axis=0)
+        return cls(frames=frames, mean=mean, variance=square - mean**2)
+
+
+class ShardDataset:
+    """A prepared folder, memory-mapped; rows are read when asked for.
+
+    Args:
+        folder: what `asr prepare` wrote.
+
+    Attributes:
+        n_samples: (n,) int64, length of each utterance in samples.
+        texts: normalised text of each utterance.
+        phones: space-separated phones of each utterance, or None.
+        info: the contents of dataset.json.
+
+    Raises:
+        ConfigError: the folder is missing, unfinished or of another version.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        try:
+            self.info = json.loads((self.folder / "dataset.json").read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ConfigError(f"{folder}: no prepared data (dataset.json is missing); run `asr prepare`") from error
+        except ValueError as error:
+            raise ConfigError(f"{folder}/dataset.json: not JSON ({error}); run `asr prepare` again") from error
+        if self.info.get("version") != VERSION:
+            raise ConfigError(f"{folder}: version {self.info.get('version')}, this program reads {VERSION}")
+        tables = []
+        for shard in self.info["shards"]:
+            with pa.memory_map(str(self.folder / shard["file"])) as source:
+                tables.append(pa.ipc.open_file(source).read_all())
+        self._table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+        self.n_samples: np.ndarray = self._table["n_samples"].to_numpy()
+        self.texts: list[str] = self._table["text"].to_pylist()
+        self.phones: list[str | None] = self._table["phones"].to_pylist()
+        self.ids: list[str] = self._table["id"].to_pylist()
+        self.speakers: list[str] = self._table["speaker"].to_pylist()
+        self.sources: list[str] = self._table["source"].to_pylist()
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def statistics(self) -> Statistics:
+        """Statistics of the features of all rows."""
+        info = self.info
+        return Statistics(
+            frames=info["frames"], mean=np.array(info["mean"]), variance=np.array(info["variance"])
+        )
+
+    def audio(self, row: int) -> np.ndarray:
+        """Samples of one utterance: (n_samples,) int16, a view of the mapped file."""
+        return np.frombuffer(self._table["audio"][row].as_buffer(), dtype="<i2")
+
+    def features(self, row: int) -> np.ndarray | None:
+        """Stored features of one utterance: (n_frames, n_mels) float16, or None where there are none."""
+        cell = self._table["features"][row]
+        if not cell.is_valid:
+            return None
+        return np.frombuffer(cell.as_buffer(), dtype="<f2").reshape(self._table["n_frames"][row].as_py(), -1)

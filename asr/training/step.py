@@ -1,0 +1,83 @@
+"""The training step: augmented features through the network, CTC on tokens and on phones."""
+
+import math
+import time
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from asr.models import Network
+from asr.training.data import Batch
+
+
+class Losses(nn.Module):
+    """A network with its losses, as one module: what DistributedDataParallel wraps.
+
+    CTC: Graves et al. 2006. Losses are sums over utterances divided by the number of tokens (phones) of the
+    global batch, so that any number of workers gives the same mean.
+
+    Args:
+        phone_weight: of the phone CTC beside the tokens' one.
+        precision: "fp32" or "bf16" (autocast; the losses are always float32).
+    """
+
+    def __init__(self, network: Network, phone_weight: float, precision: str) -> None:
+        super().__init__()
+        self.network = network
+        self.phone_weight, self.precision = phone_weight, precision
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss to minimise, and the token loss alone (detached)."""
+        network = self.network
+        with torch.no_grad():
+            features, frames = network.normalised_features(batch.audio, batch.lengths)
+            hidden = batch.hidden_frames[:, : features.shape[1], None] | batch.hidden_bands[:, None, :]
+            features = features.masked_fill(hidden, 0.0)  # 0 is the mean
+        with torch.autocast(features.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            log_probs, frames, phones = network.read_features(features, frames)
+        loss = ctc(log_probs, frames, batch.tokens, batch.token_lengths) / max(batch.token_count, 1)
+        total = loss
+        if phones is not None and self.phone_weight:
+            phone_loss = ctc(phones, frames, batch.phones, batch.phone_lengths)
+            total = loss + self.phone_weight * phone_loss / max(batch.phone_count, 1)
+        return total, loss.detach()
+
+
+def ctc(log_probs: Tensor, frames: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
+    """Summed CTC loss of the rows that have a target: log_probs (batch, time, tokens) -> scalar."""
+    losses = F.ctc_loss(
+        log_probs.float().transpose(0, 1), targets, frames, target_lengths, reduction="none", zero_infinity=True
+    )
+    return torch.where(target_lengths > 0, losses, 0.0).sum()
+
+
+def choose_precision(wanted: str, device: torch.device) -> str:
+    """ "bf16" where the device gains by it, else "fp32"; anything but "auto" is taken as it is.
+
+    A CPU without bf16 instructions multiplies such matrices a hundred times slower, so it is timed.
+    """
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    a = torch.randn(512, 512)
+    return "bf16" if _seconds(a.bfloat16()) < _seconds(a) else "fp32"
+
+
+def _seconds(a: Tensor) -> float:
+    a @ a
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
+    """Linear warm-up, then a half cosine to zero at `total` steps."""
+    warmup = min(warmup, max(total // 10, 1))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))

@@ -1,0 +1,1 @@
+"""Whole jobs: prepare, train, transcribe, evaluate, and the command."""

@@ -1,0 +1,174 @@
+"""How a transcript is written down: plain text, Whisper's JSON, SubRip and WebVTT subtitles, NIST's CTM."""
+
+import json
+import math
+import os
+import textwrap
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from asr.errors import AsrError
+
+if TYPE_CHECKING:
+    from asr.recognizer import Segment, Transcript
+
+FORMATS = ("txt", "json", "srt", "vtt", "ctm")
+JOINABLE = ("txt", "json", "ctm")  # several recordings can share a stream; subtitles hold no names
+
+# What subtitle guidelines agree on: two lines of 42 characters, seconds that a reader needs for them.
+_CUE_LINE = 42
+_CUE_CHARACTERS = 2 * _CUE_LINE
+_CUE_SECONDS = 7.0
+
+
+def render(transcript: "Transcript", format: str, name: str) -> str:
+    """A whole file of one recording.
+
+    Args:
+        format: one of `FORMATS`; txt has a segment a line.
+        name: the recording as CTM calls it (spaces become underscores there).
+    """
+    if format == "txt":
+        return "".join(f"{segment.text}\n" for segment in transcript.segments)
+    if format == "json":
+        return json.dumps(whisper_result(transcript), ensure_ascii=False, indent=2) + "\n"
+    if format == "srt":
+        return _srt(transcript)
+    if format == "vtt":
+        return _vtt(transcript)
+    if format == "ctm":
+        return _ctm(transcript, name)
+    raise AsrError(f"format {format!r}: allowed are {', '.join(FORMATS)}")
+
+
+def render_among_many(transcript: "Transcript", format: str, name: str, path: str) -> str:
+    """One recording of several in one stream, whose lines tell which is theirs.
+
+    txt: `path<TAB>text`; json: an object a line, with a key `path`; ctm: as ever.
+
+    Raises:
+        AsrError: the format is not one of `JOINABLE`.
+    """
+    if format == "txt":
+        return f"{path}\t{' '.join(segment.text for segment in transcript.segments)}\n"
+    if format == "json":
+        return json.dumps({"path": path, **whisper_result(transcript)}, ensure_ascii=False) + "\n"
+    if format == "ctm":
+        return _ctm(transcript, name)
+    raise AsrError(
+        f"format {format!r}: several recordings can share {', '.join(JOINABLE)}; use an output folder"
+    )
+
+
+def whisper_result(transcript: "Transcript") -> dict[str, Any]:
+    """The transcript in the shape of openai/whisper's result.
+
+    As there, segments and words start with a space, so that joined they give the text. What has no meaning
+    here is neutral: no tokens, temperature 0, no_speech_prob 0 (silence makes no segment), language null.
+    """
+    segments = [
+        {
+            "id": number,
+            "seek": 0,
+            "start": segment.start,
+            "end": segment.end,
+            "text": f" {segment.text}",
+            "tokens": [],
+            "temperature": 0.0,
+            "avg_logprob": _mean_log_confidence(segment),
+            "compression_ratio": _compression_ratio(segment.text),
+            "no_speech_prob": 0.0,
+            "words": [
+                {
+                    "word": f" {word.text}",
+                    "start": word.start,
+                    "end": word.end,
+                    "probability": word.confidence,
+                }
+                for word in segment.words
+            ],
+        }
+        for number, segment in enumerate(transcript.segments)
+    ]
+    return {"text": transcript.text, "segments": segments, "language": None}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or nothing; what is no regular file (/dev/stdout, a pipe) is written to directly.
+
+    Raises:
+        AsrError: it cannot be written; the message says why.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8", errors="surrogateescape")
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        try:
+            temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise AsrError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _mean_log_confidence(segment: "Segment") -> float:
+    logs = [math.log(max(word.confidence, 1e-10)) for word in segment.words]
+    return sum(logs) / len(logs) if logs else 0.0
+
+
+def _compression_ratio(text: str) -> float:
+    plain = text.encode()
+    return len(plain) / len(zlib.compress(plain))
+
+
+def _srt(transcript: "Transcript") -> str:
+    return "".join(
+        f"{number}\n{_clock(start, ',')} --> {_clock(end, ',')}\n{text}\n\n"
+        for number, (start, end, text) in enumerate(_cues(transcript), start=1)
+    )
+
+
+def _vtt(transcript: "Transcript") -> str:
+    cues = []
+    for start, end, text in _cues(transcript):
+        text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        cues.append(f"{_clock(start, '.')} --> {_clock(end, '.')}\n{text}\n\n")
+    return "WEBVTT\n\n" + "".join(cues)
+
+
+def _cues(transcript: "Transcript") -> Iterator[tuple[float, float, str]]:
+    """Subtitles as (start, end, text): a segment is cut between words where it is too long to read."""
+    for segment in transcript.segments:
+        cue: list = []
+        for word in segment.words:
+            characters = sum(len(w.text) + 1 for w in cue) + len(word.text)
+            if cue and (characters > _CUE_CHARACTERS or word.end - cue[0].start > _CUE_SECONDS):
+                yield cue[0].start, cue[-1].end, _wrap(" ".join(w.text for w in cue))
+                cue = []
+            cue.append(word)
+        if cue:
+            yield cue[0].start, cue[-1].end, _wrap(" ".join(w.text for w in cue))
+
+
+def _wrap(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, _CUE_LINE, break_long_words=False, break_on_hyphens=False))
+
+
+def _clock(seconds: float, point: str) -> str:
+    milliseconds = max(0, round(seconds * 1000))
+    minutes, milliseconds = divmod(milliseconds, 60_000)
+    return f"{minutes // 60:02}:{minutes % 60:02}:{milliseconds // 1000:02}{point}{milliseconds % 1000:03}"
+
+
+def _ctm(transcript: "Transcript", name: str) -> str:
+    name = "_".join(name.split())
+    return "".join(
+        f"{name} 1 {word.start:.2f} {word.end - word.start:.2f} {word.text} {word.confidence:.2f}\n"
+        for segment in transcript.segments
+        for word in segment.words
+    )

@@ -1,0 +1,11 @@
+"""Shows text while one speaks: `asr stream` from a source tree."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also where nothing was installed
+
+from pipelines.cli import main
+
+if __name__ == "__main__":
+    main(["stream", *sys.argv[1:]])

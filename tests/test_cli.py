@@ -1,0 +1,179 @@
+"""The command: its help, its arguments, its exit status."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from asr.errors import ConfigError, Problem
+from pipelines.cli import main
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = ("transcribe", "stream", "evaluate", "prepare", "train", "export")
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(map(str, arguments)))
+    return int(ended.value.code or 0)
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, **functions: Any) -> None:
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(**functions))  # type: ignore[arg-type]
+
+
+def test_help_names_every_command_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    shown = capsys.readouterr().out
+    for command in COMMANDS:
+        assert command in shown
+    assert "asr transcribe interview.mp3" in shown
+    assert "Exit status" in shown
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command, "-h") == 0
+    assert f"Usage: asr {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["transcribe", "stream", "evaluate"])
+def test_whatever_recognizes_takes_the_same_choices(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run(command, "-h")
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("--model", "--decoding", "--engine", "--precision", "--threads"))
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("asr ")
+
+
+def test_recognizing_commands_load_nothing_of_training() -> None:
+    code = (
+        "import sys, pipelines.cli\n"
+        "assert not {'numpy', 'onnxruntime'} & set(sys.modules), 'help must be quick'\n"
+        "import pipelines.transcribe, pipelines.stream, pipelines.evaluate\n"
+        "from asr.recognizer import Recognizer\n"
+        "sys.exit(' '.join({'torch', 'ray', 'torchaudio', 'librosa'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("transcribe",),
+        ("sing",),
+        ("transcribe", "a.wav", "--format", "doc"),
+        ("transcribe", "a.wav", "--decoding", "beam"),
+        ("transcribe", "a.wav", "--threads", "0"),
+        ("stream", "--realtime"),
+        ("stream", "a.wav", "--device", "1"),
+        ("prepare", "a.jsonl"),
+    ],
+)
+def test_wrong_usage_is_status_2(arguments: tuple[str, ...]) -> None:
+    assert run(*arguments) == 2
+
+
+def test_beam_says_when_it_comes(capsys: pytest.CaptureFixture[str]) -> None:
+    run("evaluate", "m.jsonl", "--decoding", "beam")
+    assert "language model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["transcribe", "stream", "evaluate"])
+def test_a_missing_model_is_one_line(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command, tmp_path / "a", "--model", tmp_path / "none") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert str(tmp_path / "none") in err
+    assert err.count("\n") == 1
+
+
+def test_ctrl_c_is_130_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipelines.transcribe.transcribe", interrupted)
+    assert run("transcribe", "a.wav") == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_prepare_hands_over_and_names_what_was_skipped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def prepare(manifests: list[Path], out: Path, **chosen: Any) -> SimpleNamespace:
+        seen.update(chosen, manifests=manifests, out=out)
+        skipped = (Problem("m.jsonl:3", "not JSON"),)
+        return SimpleNamespace(out=out, utterances=9, seconds=7200.0, shards=2, reused=1, skipped=skipped)
+
+    stand_in(monkeypatch, "pipelines.prepare", prepare=prepare)
+    assert run("prepare", "m.jsonl", "--out", "p", "--workers", 2, "--lexicon", "cmudict") == 1
+    assert seen == {
+        "manifests": [Path("m.jsonl")], "out": Path("p"), "workers": 2, "store": "audio", "lexicon": "cmudict",
+        "address": None,
+    }  # fmt: skip
+    out, err = capsys.readouterr()
+    assert "9 utterances, 2.00 hours" in out
+    assert err == "error: m.jsonl:3: not JSON\n"
+
+
+def test_train_hands_over_the_config_with_its_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def train(config: object, out: Path, *, workers: int) -> Path:
+        seen.update(config=config, out=out, workers=workers)
+        return out / "model"
+
+    stand_in(monkeypatch, "pipelines.train", train=train)
+    monkeypatch.setattr("asr.config.load_config", lambda path, overrides: (path, tuple(overrides)))
+    assert run("train", "configs/x.toml", "--set", "training.epochs=2", "--set", "a.b=c", "--workers", 0) == 0
+    expected = (Path("configs/x.toml"), ("training.epochs=2", "a.b=c"))
+    assert seen == {"config": expected, "out": Path("runs/x"), "workers": 0}
+
+
+def test_train_names_a_missing_config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    stand_in(monkeypatch, "pipelines.train", train=None)
+    assert run("train", "none.toml") == 1
+    assert capsys.readouterr().err.startswith("error: none.toml: ")
+
+
+def test_export_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    stand_in(monkeypatch, "asr.runtime.export", export_model=lambda *arguments: seen.append(arguments))
+    assert run("export", "runs/a", "runs/b", "-o", "m", "--to", "onnx-int8") == 0
+    assert run("export", "-o", "m") == 0
+    assert seen == [([Path("runs/a"), Path("runs/b")], Path("m"), "onnx-int8"), ([], Path("m"), "model")]
+
+
+def test_errors_for_the_reader_end_with_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def export_model(*_: object) -> None:
+        raise ConfigError("m: nothing to export")
+
+    stand_in(monkeypatch, "asr.runtime.export", export_model=export_model)
+    assert run("export", "-o", "m") == 1
+    assert capsys.readouterr().err == "error: m: nothing to export\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "command"), [("transcribe", "transcribe"), ("stream_microphone", "stream"), ("train", "train")]
+)
+def test_scripts_are_doors_to_the_command(script: str, command: str, tmp_path: Path) -> None:
+    door = ROOT / "scripts" / f"{script}.py"
+    done = subprocess.run(
+        [sys.executable, str(door), "-h"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"Usage: asr {command}" in done.stdout

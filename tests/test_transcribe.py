@@ -1,0 +1,208 @@
+"""`asr transcribe`: files and folders become text."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from toy_model import RATE, ToyOptions, spell, toy_recognizer, write
+
+from asr.errors import AsrError, ModelError
+from asr.recognizer import Recognizer
+from pipelines.cli import main
+from pipelines.transcribe import RecognizerOptions, find_audio, transcribe
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Recognizer, "load", lambda *_, **__: toy_recognizer())
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(["transcribe", *map(str, arguments)])
+    return int(ended.value.code or 0)
+
+
+def test_one_recording_is_its_text_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(write(tmp_path / "ein Vortrag ü.wav", "hello world")) == 0
+    out, err = capsys.readouterr()
+    assert out == "hello world\n"
+    assert err == ""
+
+
+def test_a_pause_ends_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    audio = np.concatenate([spell("one two"), np.zeros(2 * RATE), spell("three")])
+    soundfile.write(tmp_path / "a.wav", audio, RATE)
+    assert run(tmp_path / "a.wav", "--streaming") == 0
+    assert capsys.readouterr().out == "one two\nthree\n"
+
+
+def test_silence_is_no_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros(RATE), RATE)
+    assert run(tmp_path / "a.wav") == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_several_come_in_the_order_given_and_a_bad_one_stops_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = write(tmp_path / "z.wav", "last")
+    first = write(tmp_path / "a.wav", "first")
+    bad = tmp_path / "bad.wav"
+    bad.write_bytes(b"not audio at all")
+    assert run(last, bad, first) == 1
+    out, err = capsys.readouterr()
+    assert out == f"{last}\tlast\n{first}\tfirst\n"
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: {bad}: ")
+    assert "2 transcribed, 1 failed" in err
+    assert err.splitlines()[-1].startswith(f"  {bad}: ")  # the summary names it again
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path / "none.wav") == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {tmp_path / 'none.wav'}: ")
+    assert err.count("\n") == 1
+
+
+def test_folders_are_searched_and_their_shape_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "in" / "b.wav", "bee")
+    write(tmp_path / "in" / "sub" / "b.WAV", "sub bee")
+    (tmp_path / "in" / "notes.txt").write_text("no recording")
+    assert run(tmp_path / "in", "-o", tmp_path / "out", "-f", "json") == 0
+    assert capsys.readouterr().out == ""
+    written = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")}
+    assert written == {"b.json", "sub/b.json"}
+    assert json.loads((tmp_path / "out" / "sub" / "b.json").read_text())["text"] == "sub bee"
+
+
+def test_a_folder_without_recordings_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: no recordings in this folder")
+
+
+def test_what_is_finished_is_not_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    audio = write(tmp_path / "a.wav", "text")
+    out = tmp_path / "out"
+    assert run(audio, "-o", out) == 0
+    (out / "a.txt").write_text("corrected by hand\n")
+    assert run(audio, "-o", out) == 0
+    assert (out / "a.txt").read_text() == "corrected by hand\n"
+    assert "1 there already (--overwrite" in capsys.readouterr().err
+    os.utime(audio, ns=(0, (out / "a.txt").stat().st_mtime_ns + 1))  # a newer recording
+    assert run(audio, "-o", out) == 0
+    assert (out / "a.txt").read_text() == "text\n"
+    (out / "a.txt").write_text("x")
+    assert run(audio, "-o", out, "--overwrite") == 0
+    assert (out / "a.txt").read_text() == "text\n"
+
+
+def test_no_recording_overwrites_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wav, flac = write(tmp_path / "x" / "a.wav", "wave"), write(tmp_path / "x" / "a.flac", "flac")
+    assert run(wav, flac, "-o", tmp_path / "out") == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.wav.txt", "a.flac.txt"}
+    other = write(tmp_path / "y" / "a.wav", "other")
+    capsys.readouterr()
+    assert run(wav, other, "-o", tmp_path / "out2") == 1
+    err = capsys.readouterr().err
+    assert str(wav) in err
+    assert str(other) in err
+    assert not (tmp_path / "out2").exists()
+
+
+def test_recordings_of_one_name_are_told_apart_in_ctm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    audio = [write(tmp_path / folder / "a.wav", "text") for folder in "xy"]
+    assert run(*audio, "-f", "ctm") == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert len(set(names)) == 2
+
+
+def test_subtitles_of_several_need_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "a.wav", "text")
+    assert run(tmp_path, "-f", "srt") == 2
+    assert "--output-dir" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").write_text("a file, not a folder")
+    assert run(write(tmp_path / "a.wav", "text"), "-o", tmp_path / "out") == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_file_names_that_are_not_unicode(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    name = os.fsdecode(b"caf\xe9.wav")
+    for folder in ("x", "y"):
+        write(tmp_path / folder / "a.wav", "text").rename(tmp_path / folder / name)
+    assert run(tmp_path / "x", tmp_path / "y") == 0
+    assert b"caf\xe9.wav\ttext\n" in capfdbinary.readouterr().out
+
+
+def test_a_missing_network_ends_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Recognizer, "load", lambda *_, **__: toy_recognizer(["streaming"]))
+    audio = write(tmp_path / "a.wav", "text")
+    assert run(audio, audio) == 1
+    assert capsys.readouterr().err == "error: the toy has no offline network (it has: streaming)\n"
+    assert run(audio, "--streaming") == 0
+
+
+def test_choices_reach_the_recognizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict = {}
+
+    def load(path: object, **chosen: object) -> Recognizer:
+        seen.update(chosen, path=path)
+        return toy_recognizer()
+
+    monkeypatch.setattr(Recognizer, "load", load)
+    RecognizerOptions(model=Path("m"), engine="torch", precision="fp32", threads=2).load(endpoint=False)
+    expected = {"engine": "torch", "precision": "fp32", "threads": 2, "decoding": "greedy", "endpoint": None}
+    assert seen == expected | {"path": Path("m")}
+
+
+def test_found_files_are_sorted_within_a_folder(tmp_path: Path) -> None:
+    for name in ("c.wav", "a.ogg", "b/x.flac"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found, problems = find_audio([tmp_path])
+    assert [short.as_posix() for _, short in found] == ["a.ogg", "b/x.flac", "c.wav"]
+    assert problems == []
+
+
+@pytest.mark.timeout(120)
+def test_workers_give_the_same_in_the_same_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="needs ray, of the extra [train]")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the actors must find the toy
+    for i, text in enumerate(["one", "two", "three", "four"]):
+        write(tmp_path / "in" / f"{i}.wav", text)
+    (tmp_path / "in" / "2b.wav").write_bytes(b"broken")
+    audio = [Path("in")]
+    alone = list(transcribe(audio, ToyOptions()))
+    assert [r.text.split("\t")[-1] for r in alone if r.text] == ["one\n", "two\n", "three\n", "four\n"]
+    assert list(transcribe(audio, ToyOptions(), workers=2)) == alone
+    list(transcribe(audio, ToyOptions(), workers=2, output_dir=Path("out")))
+    assert sorted(p.name for p in Path("out").iterdir()) == ["0.txt", "1.txt", "2.txt", "3.txt"]
+
+
+def test_workers_without_ray_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(AsrError, match=r"\[train\]"):
+        list(transcribe([write(tmp_path / "a.wav", "text")], ToyOptions(), workers=2))
+
+
+def test_a_broken_model_is_told_before_ray_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> Recognizer:
+        raise ModelError("m: tokens.txt is missing")
+
+    monkeypatch.setattr(Recognizer, "load", broken)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ModelError, match=r"tokens\.txt"):
+        list(transcribe([write(tmp_path / "a.wav", "text")], RecognizerOptions(), workers=2))
