@@ -9,10 +9,11 @@ import stat
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -103,7 +104,7 @@ def audio_blocks(
     block_seconds: float = 10.0,
     offset: float = 0.0,
     duration: float | None = None,
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, None, None]:
     """Yield a file as blocks of mono float32 (n,) in [-1, 1], in constant memory for a file of any length.
 
     The blocks joined are the same samples whatever `block_seconds` is. Closing the generator closes the file.
@@ -198,10 +199,9 @@ def _open(path: str | Path) -> "_SoundFile | _Ffmpeg":
         raise AudioError(f"{path}: cannot be opened: {error}") from None
     try:
         head = file.read(16)
-        _refuse_truncated(path, file, status.st_size)
-        file.seek(0)
+        view = _checked(path, file, status.st_size)
         try:
-            return _SoundFile(path, file)
+            return _SoundFile(path, file, view)
         except AudioError:
             if head[8:12] in (b"WAVE", b"AIFF", b"AIFC") or head[:4] in (b"fLaC", b"caff"):
                 raise  # libsndfile knows the format: ffmpeg would only hide the damage
@@ -212,39 +212,63 @@ def _open(path: str | Path) -> "_SoundFile | _Ffmpeg":
         raise
 
 
-def _refuse_truncated(path: str | Path, file: BinaryIO, size: int) -> None:
-    """Compare what a WAV, RF64, AIFF or Ogg file declares with the bytes that it has; libsndfile does not."""
+def _checked(path: str | Path, file: FileIO, size: int) -> FileIO:
+    """Compare what a WAV, RF64, AIFF or Ogg file declares with the bytes that it has; libsndfile does not.
+
+    Returns `file`, or a view of it where a writer into a pipe left the size of the audio at 0.
+    """
     file.seek(0)
     kind, _, form = struct.unpack("4s4s4s", file.read(12).ljust(12, b"\0"))
-    lost = 0
+    lost, view = 0, file
     if form in (b"WAVE", b"AIFF", b"AIFC"):
-        lost = _bytes_lost_of_chunk(file, size, header=">4sI" if kind == b"FORM" else "<4sI")
+        start, length = _audio_chunk(file, header=">4sI" if kind == b"FORM" else "<4sI")
+        there = size - start
+        # Other such writers leave the most that 32 or 31 bits can hold; libsndfile understands them.
+        if not (0xFFFF_F000 <= length <= 0xFFFF_FFFF or 0x7FFF_F000 <= length <= 0x7FFF_FFFF):
+            lost = length - there if length - there > _LOST_BYTES else 0
+        if kind == b"RIFF" and length == 0 and there > 0:
+            file.seek(start)
+            if not file.read(4).isalpha():  # letters: the next chunk, after no audio at all
+                view = _WithDataSize(file, start - 4, there)
     elif kind == b"OggS":
         lost = _bytes_lost_of_page(file, size)
     if lost > 0:
         raise AudioError(f"{path}: truncated: {lost} bytes are missing; copy or download it again")
+    view.seek(0)
+    return view
 
 
-def _bytes_lost_of_chunk(file: BinaryIO, size: int, header: str) -> int:
-    """How much more the audio chunk of a WAV or AIFF file declares than is there."""
-    long_size = 0  # of RF64's data, from its ds64 chunk
+def _audio_chunk(file: FileIO, header: str) -> tuple[int, int]:
+    """Where the audio of a WAV or AIFF file begins, and how many bytes it declares; (0, 0): not found."""
+    long_size = 1 << 63  # of RF64's data, from its ds64 chunk
     while len(chunk := file.read(8)) == 8:
         name, length = struct.unpack(header, chunk)
         start = file.tell()
         if name == b"ds64":
             long_size = int.from_bytes(file.read(16)[8:], "little")
         if name in (b"data", b"SSND"):
-            if length == 0xFFFF_FFFF and long_size < 1 << 63:
-                length = long_size
-            # Writers that stream leave the size at 0 or at the most that 32 or 31 bits can hold.
-            placeholder = 0xFFFF_F000 <= length <= 0xFFFF_FFFF or 0x7FFF_F000 <= length <= 0x7FFF_FFFF
-            lost = length - (size - start)
-            return lost if lost > _LOST_BYTES and not placeholder else 0
+            return start, long_size if length == 0xFFFF_FFFF and long_size < 1 << 63 else length
         file.seek(start + length + length % 2)
-    return 0
+    return 0, 0
 
 
-def _bytes_lost_of_page(file: BinaryIO, size: int) -> int:
+class _WithDataSize(FileIO):
+    """A WAV file read as if its header, at byte `at`, told how much audio follows."""
+
+    def __init__(self, file: FileIO, at: int, size: int) -> None:
+        super().__init__(file.fileno(), closefd=False)
+        self._at, self._size = at, struct.pack("<I", min(size, 0xFFFF_FFFF))
+
+    def readinto(self, buffer: Any) -> int:
+        start = self.tell()
+        count = super().readinto(buffer) or 0
+        for place, byte in enumerate(self._size, self._at - start):
+            if 0 <= place < count:
+                memoryview(buffer).cast("B")[place] = byte
+        return count
+
+
+def _bytes_lost_of_page(file: FileIO, size: int) -> int:
     """How much of an Ogg file's last page is cut off."""
     file.seek(max(0, size - 65_307))  # the longest page
     tail = file.read()
@@ -256,13 +280,13 @@ def _bytes_lost_of_page(file: BinaryIO, size: int) -> int:
 class _SoundFile:
     """A file that libsndfile decodes."""
 
-    def __init__(self, path: str | Path, file: BinaryIO) -> None:
+    def __init__(self, path: str | Path, file: FileIO, view: FileIO) -> None:
         import soundfile
 
         self._path, self._file, self._error = path, file, soundfile.LibsndfileError
         try:
             # By descriptor: by name, libsndfile takes any .raw, .vox or .gsm file for headerless audio.
-            self._sound = soundfile.SoundFile(file.fileno(), closefd=False)
+            self._sound = soundfile.SoundFile(file.fileno() if view is file else view, closefd=False)
         except soundfile.LibsndfileError as error:
             raise AudioError(f"{path}: not audio, or damaged: {error.error_string}") from None
         # soundfile would seek after each read: it fails in FLAC of unknown length and clicks in VBR MP3.

@@ -108,7 +108,9 @@ class AugmentConfig:
     band_mask_bands: int = 15
 
     def __post_init__(self) -> None:
-        _check(all(0.5 <= s <= 2 for s in self.speeds) and len(self.speeds) > 0, "augment.speeds", self.speeds, "0.5 to 2")
+        _check(
+            all(0.5 <= s <= 2 for s in self.speeds) and len(self.speeds) > 0, "augment.speeds", self.speeds, "0.5 to 2"
+        )
         for name in ("noise_probability", "reverberation_probability", "low_pass_probability"):
             _check(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "0 to 1")
         _check(
@@ -146,7 +148,9 @@ class TrainingConfig:
         _check(self.accumulate >= 1, "training.accumulate", self.accumulate, "at least 1")
         _check(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "above 0")
         _check(self.clip_norm > 0, "training.clip_norm", self.clip_norm, "above 0")
-        _check(self.precision in ("auto", "fp32", "bf16"), "training.precision", self.precision, '"auto", "fp32" or "bf16"')
+        _check(
+            self.precision in ("auto", "fp32", "bf16"), "training.precision", self.precision, '"auto", "fp32" or "bf16"'
+        )
         _check(self.threads >= 1, "training.threads", self.threads, "at least 1")
         _check(self.checkpoint_steps >= 1, "training.checkpoint_steps", self.checkpoint_steps, "at least 1")
         _check(self.average >= 1, "training.average", self.average, "at least 1")

@@ -16,6 +16,7 @@ _SEARCH = 5 * SAMPLE_RATE  # samples: a forced cut falls into so much audio befo
 _LEAST_MARGIN, _MOST_MARGIN = 4.0, 10.0  # dB
 _STEADY = float(__import__('os').environ.get('STEADY', 7))
 PRE = float(__import__('os').environ.get('PRE', 0))
+FAC = float(__import__('os').environ.get('FAC', 0.3))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +129,7 @@ def _threshold(lows: Sequence[float], highs: Sequence[float], pause: int) -> flo
     speech = sorted(highs)[-2:][0]  # the second loudest: one slammed door is not the speech level
     if speech - floor < 2 * _LEAST_MARGIN:
         return np.inf  # steady noise and nothing else
-    margin = min(max(0.3 * (speech - floor), _LEAST_MARGIN), _MOST_MARGIN)
+    margin = min(max(FAC * (speech - floor), _LEAST_MARGIN), _MOST_MARGIN)
     pause_low, pause_high = min(lows[-pause:]), max(highs[-pause:])
     steady = pause_high + 0.1 if pause_high - pause_low < _STEADY else floor
     return min(max(floor + margin, steady), speech - margin)

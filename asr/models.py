@@ -138,7 +138,9 @@ def load_network(folder: str | Path) -> Network:
             raise ModelError(f"{folder}: {name} is missing; the model is incomplete")
     values = read_toml(folder / "config.toml")
     if values.get("format_version") != FORMAT_VERSION:
-        raise ModelError(f"{folder}: format version {values.get('format_version')}, this program reads {FORMAT_VERSION}")
+        raise ModelError(
+            f"{folder}: format version {values.get('format_version')}, this program reads {FORMAT_VERSION}"
+        )
     config = from_dict(NetworkConfig, values, where=str(folder / "config.toml"))
     tokenizer = Tokenizer.load(folder / "tokens.txt")
     phones = folder / "phones.txt"

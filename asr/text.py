@@ -18,9 +18,7 @@ def normalize(text: str) -> str:
     """
     text = unicodedata.normalize("NFKC", text).casefold().translate(_APOSTROPHES)
     text = unicodedata.normalize("NFKC", text)
-    kept = "".join(
-        c if c == "'" else " " if unicodedata.category(c)[0] in "PSZC" else c for c in text
-    )
+    kept = "".join(c if c == "'" else " " if unicodedata.category(c)[0] in "PSZC" else c for c in text)
     return " ".join(word for word in (w.strip("'") for w in kept.split()) if word)
 
 

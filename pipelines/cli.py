@@ -53,27 +53,20 @@ Format = Literal["txt", "json", "srt", "vtt", "ctm"]  # pipelines.formats.FORMAT
 _HOW = "How to recognize"
 ModelOption = Annotated[
     Path | None,
-    typer.Option(
-        "--model", "-m", help="Model folder; without it, the one that comes along.", rich_help_panel=_HOW
-    ),
+    typer.Option("--model", "-m", help="Model folder; without it, the one that comes along.", rich_help_panel=_HOW),
 ]
 StreamingOption = Annotated[
     bool,
-    typer.Option(
-        "--streaming", help="Use the streaming network instead of the offline one.", rich_help_panel=_HOW
-    ),
+    typer.Option("--streaming", help="Use the streaming network instead of the offline one.", rich_help_panel=_HOW),
 ]
 DecodingOption = Annotated[Decoding, typer.Option(help="How text is found.", rich_help_panel=_HOW)]
-EngineOption = Annotated[
-    Engine, typer.Option(help="ONNX Runtime, or PyTorch (extra \\[train]).", rich_help_panel=_HOW)
-]
+EngineOption = Annotated[Engine, typer.Option(help="ONNX Runtime, or PyTorch (extra \\[train]).", rich_help_panel=_HOW)]
 PrecisionOption = Annotated[
     Precision | None,
-    typer.Option(
-        help="int8 is small and fast, fp32 exact; without it, what the model has.", rich_help_panel=_HOW
-    ),
+    typer.Option(help="int8 is small and fast, fp32 exact; without it, what the model has.", rich_help_panel=_HOW),
 ]
 ThreadsOption = Annotated[int, typer.Option(min=1, help="Threads of the network.", rich_help_panel=_HOW)]
+AddressOption = Annotated[str | None, typer.Option(help="A running Ray cluster, as host:port or auto.")]
 
 
 def _recognizer_options(
@@ -83,16 +76,12 @@ def _recognizer_options(
         raise typer.BadParameter("--decoding beam comes with the language model, later; use greedy")
     from pipelines.transcribe import RecognizerOptions
 
-    return RecognizerOptions(
-        model=model, engine=engine, precision=precision, threads=threads, decoding=decoding
-    )
+    return RecognizerOptions(model=model, engine=engine, precision=precision, threads=threads, decoding=decoding)
 
 
 @app.callback(invoke_without_command=True)
 def _asr(
-    version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
 ) -> None:
     if version:
         from importlib.metadata import PackageNotFoundError
@@ -115,12 +104,8 @@ def transcribe(
     output_dir: Annotated[
         Path | None, typer.Option("--output-dir", "-o", help="Write a file for each recording there.")
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Do again what --output-dir holds already.")
-    ] = False,
-    workers: Annotated[
-        int, typer.Option(min=0, help="Recordings at a time; above 1 over Ray (extra \\[train]).")
-    ] = 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do again what --output-dir holds already.")] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Recordings at a time; above 1 over Ray (extra \\[train]).")] = 1,
     model: ModelOption = None,
     streaming: StreamingOption = False,
     decoding: DecodingOption = "greedy",
@@ -146,9 +131,7 @@ def transcribe(
     from pipelines.transcribe import transcribe as run
 
     if output_dir is None and format not in JOINABLE and (len(audio) > 1 or audio[0].is_dir()):
-        raise typer.BadParameter(
-            f"--format {format}: several recordings need --output-dir"
-        )
+        raise typer.BadParameter(f"--format {format}: several recordings need --output-dir")
     results = run(
         audio,
         options,
@@ -185,9 +168,7 @@ def stream(
     device: Annotated[
         str | None, typer.Option("--device", "-d", help="Microphone: its number, or part of its name.")
     ] = None,
-    list_devices: Annotated[
-        bool, typer.Option("--list-devices", help="Show the microphones and exit.")
-    ] = False,
+    list_devices: Annotated[bool, typer.Option("--list-devices", help="Show the microphones and exit.")] = False,
     model: ModelOption = None,
     decoding: DecodingOption = "greedy",
     engine: EngineOption = "onnx",
@@ -286,7 +267,7 @@ def prepare(
         Literal["cmudict", "none"],
         typer.Option(help="Add the phones of English words: they help learning."),
     ] = "none",
-    address: Annotated[str | None, typer.Option(help="A running Ray cluster, as host:port or auto.")] = None,
+    address: AddressOption = None,
 ) -> None:
     """Check and decode recordings once, for training (Ray Data; extra \\[train]).
 
@@ -323,11 +304,10 @@ def train(
     ] = None,
     set_values: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="SECTION.KEY=VALUE", help="Override a value of the config; repeatable."
-        ),
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value of the config; repeatable."),
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Ray Train workers; 0 trains in this process.")] = 1,
+    address: AddressOption = None,
 ) -> None:
     """Train a network on prepared data (Ray Train; extra \\[train]). Run again, it resumes.
 
@@ -337,7 +317,9 @@ def train(
     from asr.config import load_config
     from pipelines.train import train as run
 
-    made = run(load_config(config, set_values or []), out or Path("runs") / config.stem, workers=workers)
+    made = run(
+        load_config(config, set_values or []), out or Path("runs") / config.stem, workers=workers, address=address
+    )
     print(f"{made}: try it with  asr transcribe --model {made} AUDIO")
 
 
@@ -390,9 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and leave with its exit status; `arguments` are those of this process unless given."""
     for out in (sys.stdout, sys.stderr):  # a file name need not be valid UTF-8; it must still be printed
         if isinstance(out, io.TextIOWrapper):
-            out.reconfigure(
-                errors="surrogateescape" if out.encoding.lower() == "utf-8" else "backslashreplace"
-            )
+            out.reconfigure(errors="surrogateescape" if out.encoding.lower() == "utf-8" else "backslashreplace")
     try:
         app(args=arguments, prog_name="asr")
     except AsrError as error:

@@ -4,8 +4,10 @@ import argparse
 import json
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -52,9 +54,7 @@ def recognize() -> None:
     )
 
 
-def show_batch(
-    recognizer: Recognizer, utterances: Sequence[Utterance], *, network: str, rows: int = 20
-) -> None:
+def show_batch(recognizer: Recognizer, utterances: Sequence[Utterance], *, network: str, rows: int = 20) -> None:
     """Print reference and hypothesis of the first `rows` utterances, and the figures of all."""
     audio = [read_audio(utterance.audio) for utterance in utterances]
     started = time.perf_counter()
@@ -82,9 +82,7 @@ def show_live(recognizer: Recognizer, utterance: Utterance) -> None:
     """Feed one recording at the pace of speech, and print the text as it grows."""
     samples = read_audio(utterance.audio)
     session = recognizer.stream(sample_rate=SAMPLE_RATE)
-    console.print(
-        f"{Path(utterance.audio).name}, in blocks of {BLOCK * 1000 // SAMPLE_RATE} ms at the pace of speech:"
-    )
+    console.print(f"{Path(utterance.audio).name}, in blocks of {BLOCK * 1000 // SAMPLE_RATE} ms at the pace of speech:")
     busy, shown, finished = 0.0, "", ""
     started = time.perf_counter()
     for end in range(BLOCK, len(samples) + BLOCK, BLOCK):
@@ -130,14 +128,17 @@ def train_and_recognize(run: Path) -> None:
 
     console.rule("2. Prepared by Ray Data: checked, decoded once, written as shards")
     for name, manifest in manifests.items():
-        summary = prepare([manifest], run / name, workers=2)
+        # Ray shares out the larger one, in shards small enough that both workers get some.
+        summary = prepare([manifest], run / name, workers=2 if name == "train" else 0, shard_seconds=150)
         skipped = len(summary.skipped)
         console.print(f"{name}: {summary.utterances} utterances, {summary.shards} shards, {skipped} skipped")
 
     console.rule("3. Trained by two Ray Train workers: watch the loss fall")
     overrides = [f"data.{name}={json.dumps([str(run / name)])}" for name in manifests]
     config = load_config(ROOT / "configs" / "demo.toml", overrides)
-    model = train(config, run / "run", workers=2)
+    console.print("Ray starts; the first figures come in about half a minute.")
+    with losses_shown(run / "run" / "log.jsonl"):
+        model = train(config, run / "run", workers=2)
 
     console.rule("4. Evaluated and transcribed")
     recognizer = Recognizer.load(model)
@@ -147,6 +148,35 @@ def train_and_recognize(run: Path) -> None:
         f"A model of ten digits, from minutes of synthetic speech; it stays in {model.relative_to(ROOT)}.\n"
         "Your own recordings go the same way: .venv/bin/asr prepare --help, .venv/bin/asr train --help"
     )
+
+
+@contextmanager
+def losses_shown(log: Path) -> Iterator[None]:
+    """Follow a run's log in the background, and print each epoch's loss as a bar that grows shorter."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        position, losses, last_pass = 0, [], False
+        while not last_pass:
+            last_pass = ended.wait(0.3)
+            unread = log.read_bytes()[position:] if log.exists() else b""
+            whole_lines = unread[: unread.rfind(b"\n") + 1]
+            position += len(whole_lines)
+            for row in map(json.loads, whole_lines.splitlines()):
+                if row["kind"] == "step":
+                    losses.append(row["loss"])
+                elif row["kind"] == "dev" and losses:
+                    loss, losses = sum(losses) / len(losses), []
+                    figures = f"loss {loss:6.3f}, dev WER {row['wer']:6.1%}"
+                    console.print(f"epoch {row['epoch'] + 1:2}  {figures}  {'█' * round(10 * loss)}")
+
+    follower = threading.Thread(target=follow, daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        follower.join()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

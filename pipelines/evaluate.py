@@ -139,9 +139,7 @@ def total(scores: Sequence[Score]) -> Score:
 
 def report(scores: Sequence[Score]) -> dict[str, Any]:
     """What `--json` writes: {"results": [...], "total": {...}}; wer and cer are fractions."""
-    results = [
-        {"manifest": s.manifest, "network": s.network, "decoding": s.decoding, **s.figures()} for s in scores
-    ]
+    results = [{"manifest": s.manifest, "network": s.network, "decoding": s.decoding, **s.figures()} for s in scores]
     return {"results": results, "total": total(scores).figures()}
 
 

@@ -57,9 +57,7 @@ def render_among_many(transcript: "Transcript", format: str, name: str, path: st
         return json.dumps({"path": path, **whisper_result(transcript)}, ensure_ascii=False) + "\n"
     if format == "ctm":
         return _ctm(transcript, name)
-    raise AsrError(
-        f"format {format!r}: several recordings can share {', '.join(JOINABLE)}; use an output folder"
-    )
+    raise AsrError(f"format {format!r}: several recordings can share {', '.join(JOINABLE)}; use an output folder")
 
 
 def whisper_result(transcript: "Transcript") -> dict[str, Any]:

@@ -43,14 +43,11 @@ def start(address: str | None = None, cpus: int | None = None) -> Iterator[Modul
         import ray
         import ray.data  # sets up its own logging when imported, so it is made quiet here, after that
     except ImportError as error:
-        raise ConfigError(
-            "ray is not installed: pip install 'streaming-asr[train]', or use --workers 0"
-        ) from error
+        raise ConfigError("ray is not installed: pip install 'streaming-asr[train]', or use --workers 0") from error
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # these would warn that there is no progress bar, and that there is a token
     for chatty in ("ray.data._internal.progress", "ray._private.authentication.authentication_token_setup"):
-        logging.getLogger(chatty).setLevel(
-            logging.ERROR
-        )  # warn that there is no bar, and that there is a token
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     if ray.is_initialized():
         yield ray
     elif address is not None:

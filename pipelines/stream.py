@@ -88,13 +88,14 @@ class MicrophoneSource:
         try:
             own = self._sounddevice.query_devices(device, "input")
         except (ValueError, self._sounddevice.PortAudioError) as error:
-            wanted = "no microphone" if device is None else f"no microphone {device!r}"
-            raise AsrError(f"{wanted}: {error}; `asr stream --list-devices` shows what there is") from error
+            if device is None:
+                raise AsrError(f"no microphone found ({error})") from error
+            raise AsrError(
+                f"no microphone {device!r} ({error}); `asr stream --list-devices` shows what there is"
+            ) from error
         self.sample_rate = SAMPLE_RATE
         try:
-            self._sounddevice.check_input_settings(
-                device, channels=1, samplerate=SAMPLE_RATE, dtype="float32"
-            )
+            self._sounddevice.check_input_settings(device, channels=1, samplerate=SAMPLE_RATE, dtype="float32")
         except self._sounddevice.PortAudioError:
             self.sample_rate = int(own["default_samplerate"])
 
@@ -137,16 +138,19 @@ def devices() -> str:
     """The microphones as lines to read: number, name, channels, rate; `*` marks the default.
 
     Raises:
-        AsrError: sounddevice or PortAudio is missing.
+        AsrError: sounddevice or PortAudio is missing, or there is no microphone.
     """
     sounddevice = _load_sounddevice()
     default = sounddevice.default.device[0]
-    return "".join(
+    lines = "".join(
         f"{'*' if number == default else ' '}{number:3}  {device['name']}  "
         f"({device['max_input_channels']} channels, {device['default_samplerate']:.0f} Hz)\n"
         for number, device in enumerate(sounddevice.query_devices())
         if device["max_input_channels"] > 0
     )
+    if not lines:
+        raise AsrError("no microphone found")
+    return lines
 
 
 @dataclass(kw_only=True)
@@ -227,9 +231,7 @@ def stream(source: Source, options: RecognizerOptions, screen: Screen) -> tuple[
                     screen.note(f"audio was lost, {timing.lost} blocks so far: the computer is too busy")
                 if not behind and timing.lag > _BEHIND_SECONDS:
                     behind = True
-                    screen.note(
-                        f"falling behind: text is {timing.lag:.1f} s late, real-time factor {timing.rtf:.2f}"
-                    )
+                    screen.note(f"falling behind: text is {timing.lag:.1f} s late, real-time factor {timing.rtf:.2f}")
                 elif behind and timing.lag < _BEHIND_SECONDS / 2:
                     behind = False
                     screen.note("keeping up again")
@@ -237,6 +239,8 @@ def stream(source: Source, options: RecognizerOptions, screen: Screen) -> tuple[
                     break
         except AsrError as error:
             failure = error
+    if failure is not None and not timing.audio_seconds:
+        raise failure
     start = time.monotonic()
     transcript = session.finish()
     timing.processing_seconds += time.monotonic() - start
@@ -278,9 +282,7 @@ def terminal() -> Iterator[Screen]:
         return
     from rich.live import Live
 
-    with Live(
-        refresh_per_second=12, transient=True, console=_console(), redirect_stdout=sys.stdout.isatty()
-    ) as live:
+    with Live(refresh_per_second=12, transient=True, console=_console(), redirect_stdout=sys.stdout.isatty()) as live:
         yield _Redrawn(live)
 
 

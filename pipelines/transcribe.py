@@ -156,9 +156,7 @@ def find_audio(paths: Sequence[Path]) -> tuple[list[tuple[Path, Path]], list[Pro
             continue
         inside = sorted(f for f in path.rglob("*") if f.suffix.lower() in AUDIO_SUFFIXES and f.is_file())
         if not inside:
-            problems.append(
-                Problem(str(path), "no recordings in this folder (looked for .wav, .flac, .mp3 ...)")
-            )
+            problems.append(Problem(str(path), "no recordings in this folder (looked for .wav, .flac, .mp3 ...)"))
         found += [(f, f.relative_to(path)) for f in inside]
     return found, problems
 

@@ -28,7 +28,11 @@ def manifest(path: Path, *rows: tuple[str, str], **more: object) -> Path:
     with path.open("w") as file:
         for number, (said, reference) in enumerate(rows):
             audio = write(path.parent / f"{path.stem}-{number}.wav", said)
-            row = {"audio_filepath": audio.name, "text": reference, "duration": soundfile.info(audio).duration}
+            row = {
+                "audio_filepath": audio.name,
+                "text": reference,
+                "duration": soundfile.info(audio).duration,
+            }
             file.write(json.dumps(row | more) + "\n")
     return path
 

@@ -34,7 +34,8 @@ def word(text: str, start: float, end: float, confidence: float = 0.5) -> Word:
 
 
 TWO = transcript(
-    [word("hello", 0.5, 1.0), word("there", 1.25, 2.0)], [word("good", 3661.0, 3661.5), word("bye", 3662.0, 3663.0004)]
+    [word("hello", 0.5, 1.0), word("there", 1.25, 2.0)],
+    [word("good", 3661.0, 3661.5), word("bye", 3662.0, 3663.0004)],
 )
 SILENCE = transcript()
 
@@ -117,7 +118,7 @@ def _milliseconds(clock: str) -> int:
 
 
 def test_an_unknown_format_is_refused_by_name() -> None:
-    with pytest.raises(AsrError, match="'doc'.*txt, json"):
+    with pytest.raises(AsrError, match=r"'doc'.*txt, json"):
         render(TWO, "doc", "a")
 
 

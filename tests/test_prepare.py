@@ -74,6 +74,7 @@ def ray_folder() -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="asr-test-", dir="/tmp")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)
+        patch.delenv("RAY_ADDRESS", raising=False)
         yield
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -179,9 +180,7 @@ def test_a_duration_may_be_a_little_off(tmp_path: Path) -> None:
 
 def test_a_manifest_without_a_usable_row_is_an_error(tmp_path: Path) -> None:
     good = write_manifest(tmp_path / "a", recordings(tmp_path / "a", 2))
-    bad = write_manifest(
-        tmp_path, [{"audio_filepath": "gone.wav", "duration": 1.0, "text": "gone"}], "bad.jsonl"
-    )
+    bad = write_manifest(tmp_path, [{"audio_filepath": "gone.wav", "duration": 1.0, "text": "gone"}], "bad.jsonl")
     with pytest.raises(ManifestError, match=r"bad\.jsonl.*none of its 1 rows.*gone\.wav"):
         prepare([good, bad], tmp_path / "out", workers=0)
     assert not (tmp_path / "out" / "dataset.json").exists()
@@ -218,9 +217,7 @@ def test_stored_features_are_those_of_the_audio(tmp_path: Path) -> None:
     prepare([manifest], tmp_path / "out", workers=0, store="features")
     data = ShardDataset(tmp_path / "out")
     samples = noise(0.5, seed=0)
-    whole, _ = LogMel(FeatureConfig())(
-        torch.from_numpy(samples / np.float32(32768))[None], torch.tensor([8000])
-    )
+    whole, _ = LogMel(FeatureConfig())(torch.from_numpy(samples / np.float32(32768))[None], torch.tensor([8000]))
     stored = data.features(0)
     assert stored is not None and stored.shape == (50, 80) and stored.dtype == np.float16
     np.testing.assert_allclose(stored, whole[0].numpy(), atol=0.01)
@@ -290,12 +287,25 @@ def test_working_in_the_process_imports_no_ray(tmp_path: Path) -> None:
         "import sys; from pipelines.prepare import prepare; "
         "prepare([sys.argv[1]], sys.argv[2], workers=0); assert 'ray' not in sys.modules"
     )
-    subprocess.run(
-        [sys.executable, "-c", code, manifest, tmp_path / "out"], cwd=REPOSITORY, check=True, timeout=120
-    )
+    subprocess.run([sys.executable, "-c", code, manifest, tmp_path / "out"], cwd=REPOSITORY, check=True, timeout=120)
 
 
-@pytest.mark.timeout(120)
+def test_missing_ray_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = write_manifest(tmp_path, recordings(tmp_path, 1))
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"streaming-asr\[train\]"):
+        prepare([manifest], tmp_path / "out", workers=2)
+
+
+@pytest.mark.timeout(60)
+def test_a_cluster_that_is_not_there_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="needs the extra [train]")
+    manifest = write_manifest(tmp_path, recordings(tmp_path, 1))
+    with pytest.raises(ConfigError, match=r"127\.0\.0\.1:1'"):
+        prepare([manifest], tmp_path / "out", address="127.0.0.1:1")
+
+
+@pytest.mark.timeout(200)
 def test_ray_makes_the_same_bytes(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="needs the extra [train]")
     rows = recordings(tmp_path, 8)
@@ -308,7 +318,7 @@ def test_ray_makes_the_same_bytes(tmp_path: Path) -> None:
     assert [p.where for p in together.skipped] == [f"{manifest}:4"]
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(280)
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_killed_job_goes_on_to_the_same_bytes(tmp_path: Path, workers: int) -> None:
     if workers:

@@ -43,7 +43,9 @@ class Recorded:
 class Played:
     """A source that gives chosen blocks, each so many seconds after its sound."""
 
-    def __init__(self, audio: np.ndarray, *, late: list[float] | None = None, then: BaseException | None = None) -> None:
+    def __init__(
+        self, audio: np.ndarray, *, late: list[float] | None = None, then: BaseException | None = None
+    ) -> None:
         self.sample_rate = RATE
         self.lost = 0
         self._audio, self._late, self._then = audio, late or [], then
@@ -230,11 +232,6 @@ class FakeSounddevice:
         pass
 
 
-def at_44100(audio: np.ndarray) -> np.ndarray:
-    """Held samples: crude, and the toy still reads it, as loudness stays."""
-    return np.repeat(audio, 3)
-
-
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSounddevice]:
     card = FakeSounddevice(np.full(44100, 0.1, np.float32))
@@ -256,13 +253,19 @@ def test_a_microphone_that_refuses_16_khz_is_opened_at_its_own_rate(card: FakeSo
 
 
 def test_an_unknown_microphone_is_named(card: FakeSounddevice) -> None:
-    with pytest.raises(AsrError, match="'studio'.*--list-devices"):
+    with pytest.raises(AsrError, match=r"'studio'.*--list-devices"):
         MicrophoneSource("studio")
 
 
-def test_devices_are_listed_with_the_default_marked(
-    card: FakeSounddevice, capsys: pytest.CaptureFixture[str]
+def test_no_microphone_at_all(
+    card: FakeSounddevice, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(card, "query_devices", lambda *_: [])
+    assert run("--list-devices") == 1
+    assert capsys.readouterr().err == "error: no microphone found\n"
+
+
+def test_devices_are_listed_with_the_default_marked(card: FakeSounddevice, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--list-devices") == 0
     assert capsys.readouterr().out == "*  1  USB mic  (2 channels, 44100 Hz)\n"
 

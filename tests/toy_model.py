@@ -15,11 +15,12 @@ from pipelines.transcribe import RecognizerOptions
 RATE = 16_000
 FRAME = 640
 TOKENIZER = Tokenizer.characters(["abcdefghijklmnopqrstuvwxyz"])
+_ENDPOINT = EndpointConfig()
 _STEP = 1 / (len(TOKENIZER) + 2)  # of loudness between two tokens
 
 
 def spell(text: str) -> np.ndarray:
-    """Audio (n,) float32 at 16 kHz: a character is two frames of a square wave whose loudness is its index."""
+    """Audio (n,) float32 at 16 kHz: a character is two frames of a square wave, as loud as its index."""
     carrier = np.where(np.arange(2 * FRAME) // 8 % 2, -1.0, 1.0)
     parts = [np.concatenate([carrier * i * _STEP, np.zeros(2 * FRAME)]) for i in TOKENIZER.encode(text)]
     return np.concatenate([np.zeros(FRAME), *parts]).astype(np.float32)
@@ -58,7 +59,7 @@ class ToyEngine:
 
 
 def toy_recognizer(
-    networks: Sequence[str] = ("offline", "streaming"), endpoint: EndpointConfig | None = EndpointConfig()
+    networks: Sequence[str] = ("offline", "streaming"), endpoint: EndpointConfig | None = _ENDPOINT
 ) -> Recognizer:
     """A real Recognizer over toy networks."""
     return Recognizer({name: Network(TOKENIZER, ToyEngine) for name in networks}, endpoint=endpoint, name="toy")

@@ -2,7 +2,7 @@
 
 from asr.nn.convolution import LookAhead, Normalise, StridedConvolution
 from asr.nn.layer import Chain, State, StreamingLayer, windows
-from asr.nn.recurrent import BiLSTM, LSTM
+from asr.nn.recurrent import LSTM, BiLSTM
 
 __all__ = [
     "LSTM",

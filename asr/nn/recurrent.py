@@ -26,6 +26,8 @@ class LSTM(StreamingLayer):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        if not x.shape[1]:
+            return self._nothing(x.shape[0]), lengths
         y, _ = self.lstm(x)
         return self.dropout(self.norm(y)), lengths
 
@@ -59,6 +61,8 @@ class BiLSTM(StreamingLayer):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        if not x.shape[1]:
+            return x.new_zeros(x.shape[0], 0, len(self.norm.weight)), lengths
         ahead, _ = self.ahead(x)
         back, _ = self.back(reverse(x, lengths))
         y = torch.cat([ahead, reverse(back, lengths)], dim=-1)

@@ -52,9 +52,9 @@ def build_graph(network: Network) -> onnx.ModelProto:
 
 def quantise(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same graph with int8 LSTM weights, activations quantised as they come."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
     import tempfile
+
+    from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with tempfile.TemporaryDirectory() as folder:
         source, target = f"{folder}/fp32.onnx", f"{folder}/int8.onnx"

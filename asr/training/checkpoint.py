@@ -52,9 +52,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if (p / "progress.json").is_file())
 
 
-def load_checkpoint(
-    path: Path, network: Network, optimizer: torch.optim.Optimizer, rank: int
-) -> dict:
+def load_checkpoint(path: Path, network: Network, optimizer: torch.optim.Optimizer, rank: int) -> dict:
     """Restore a checkpoint into the network, the optimiser and this process's generator; gives its progress.
 
     Raises:

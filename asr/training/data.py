@@ -4,6 +4,7 @@ Everything is a function of the configuration, the epoch and the row, so that a 
 on, with any number of workers, on the same data in the same order.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -123,7 +124,7 @@ def _phones_in(datasets: Sequence[ShardDataset]) -> tuple[str, ...]:
 
 def frames_needed(tokens: Sequence[int]) -> int:
     """Output frames that CTC needs for a label sequence: one a token, and a blank between equal neighbours."""
-    return len(tokens) + sum(a == b for a, b in zip(tokens, tokens[1:], strict=False))
+    return len(tokens) + sum(a == b for a, b in itertools.pairwise(tokens))
 
 
 class Sampler:
@@ -250,7 +251,7 @@ class Loader:
 
 
 def tuning_plan(corpus: Corpus, minutes: float, seconds: float) -> list[_Planned]:
-    """A plan that reads about `minutes` of a corpus, evenly picked, unchanged, shortest first, in batches of `seconds`."""
+    """Read about `minutes` of a corpus, evenly picked, unchanged, shortest first, in batches of `seconds`."""
     step = max(round(corpus.n_samples.sum() / SAMPLE_RATE / 60 / minutes), 1)
     picked = np.arange(0, len(corpus), step)
     order = picked[np.argsort(corpus.n_samples[picked], kind="stable")]

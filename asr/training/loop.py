@@ -94,6 +94,7 @@ class _Trainer:
         self.steps_in = [-(-len(self.sampler.epoch(e)) // accumulate) for e in range(config.training.epochs)]
         self.progress = {"epoch": 0, "batch": 0, "best": math.inf, "skipped": 0, "audio_seconds": 0.0}
         self.step = 0
+        self.bad_steps = 0  # in a row, with a non-finite gradient
         self._say_start(precision)
 
     def _new_network(self, start: Network | None) -> Network:
@@ -166,7 +167,6 @@ class _Trainer:
         planned = self.sampler.epoch(epoch)
         first = self.progress["batch"]
         self.losses.train()
-        bad = 0
         for start in range(first, len(planned), training.accumulate):
             clock = time.perf_counter()
             group = planned[start : start + training.accumulate]
@@ -186,13 +186,13 @@ class _Trainer:
             finite = bool(torch.isfinite(norm))
             if finite:
                 self.optimizer.step()
-                bad = 0
+                self.bad_steps = 0
             else:
                 self.progress["skipped"] += 1
-                bad += 1
-                if bad >= _BAD_STEPS_IN_A_ROW:
+                self.bad_steps += 1
+                if self.bad_steps >= _BAD_STEPS_IN_A_ROW:
                     raise AsrError(
-                        f"{self.run}: {bad} steps in a row had a non-finite gradient (step {self.step}); lower "
+                        f"{self.run}: {self.bad_steps} steps in a row had a non-finite gradient (step {self.step}); lower "
                         "training.learning_rate, or look at the data of these steps in log.jsonl"
                     )
             self.optimizer.zero_grad(set_to_none=True)
@@ -242,8 +242,8 @@ class _Trainer:
             if metrics:
                 self._log("dev", epoch=epoch, **metrics)
                 self.console.print(
-                    f"epoch {epoch + 1}: dev loss {metrics['loss']:.3f}, CER {metrics['cer']:.1%}, WER {metrics['wer']:.1%}, "
-                    f"after {self.progress['audio_seconds'] / 3600:.1f} h of audio"
+                    f"epoch {epoch + 1}: dev loss {metrics['loss']:.3f}, CER {metrics['cer']:.1%}, "
+                    f"WER {metrics['wer']:.1%}, after {self.progress['audio_seconds'] / 3600:.1f} h of audio"
                 )
             self._keep_epoch(epoch)
             if metrics.get("cer", 0.0) <= self.progress["best"]:
@@ -300,7 +300,9 @@ class _Trainer:
                 save_network(self.network, folder)
             else:
                 save_network(best, folder)
-            self.console.print(f"CER of the best epoch {self.progress['best']:.1%}, of the mean of the last {averaged:.1%}")
+            self.console.print(
+                f"CER of the best epoch {self.progress['best']:.1%}, of the mean of the last {averaged:.1%}"
+            )
         if self.world > 1:
             dist.barrier()
         return folder
@@ -319,7 +321,9 @@ def _check_same_config(run: Path, config: TrainConfig, *, write: bool) -> None:
         before = load_config(path)
         if core(before) != core(config):
             different = [
-                f.name for f in dataclasses.fields(config) if getattr(core(before), f.name) != getattr(core(config), f.name)
+                f.name
+                for f in dataclasses.fields(config)
+                if getattr(core(before), f.name) != getattr(core(config), f.name)
             ]
             raise ConfigError(
                 f"{run}: was started with another configuration ([{'], ['.join(different)}] differ); "
@@ -349,6 +353,8 @@ def training_audio_hours(config: TrainConfig) -> np.ndarray:
     sampler = Sampler(corpus, config, stride)
     per_epoch = []
     for epoch in range(config.training.epochs):
-        rows = [(row, speed) for plan in sampler.epoch(epoch) for row, speed in zip(plan.rows, plan.speeds, strict=True)]
+        rows = [
+            (row, speed) for plan in sampler.epoch(epoch) for row, speed in zip(plan.rows, plan.speeds, strict=True)
+        ]
         per_epoch.append(sum(corpus.n_samples[row] / speed for row, speed in rows) / SAMPLE_RATE / 3600)
     return np.array(per_epoch)

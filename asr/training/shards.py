@@ -101,9 +101,7 @@ class ShardDataset:
     def statistics(self) -> Statistics:
         """Statistics of the features of all rows."""
         info = self.info
-        return Statistics(
-            frames=info["frames"], mean=np.array(info["mean"]), variance=np.array(info["variance"])
-        )
+        return Statistics(frames=info["frames"], mean=np.array(info["mean"]), variance=np.array(info["variance"]))
 
     def audio(self, row: int) -> np.ndarray:
         """Samples of one utterance: (n_samples,) int16, a view of the mapped file."""

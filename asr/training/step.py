@@ -1,7 +1,6 @@
 """The training step: augmented features through the network, CTC on tokens and on phones."""
 
 import math
-import time
 
 import torch
 from torch import Tensor, nn
@@ -53,26 +52,17 @@ def ctc(log_probs: Tensor, frames: Tensor, targets: Tensor, target_lengths: Tens
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
-    """ "bf16" where the device gains by it, else "fp32"; anything but "auto" is taken as it is.
+    """ "bf16" where the device has instructions for it, else "fp32"; anything but "auto" is taken as it is.
 
-    A CPU without bf16 instructions multiplies such matrices a hundred times slower, so it is timed.
+    A CPU without them multiplies such matrices a hundred times slower; timing a product instead would depend on
+    what else the machine is doing.
     """
     if wanted != "auto":
         return wanted
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    a = torch.randn(512, 512)
-    return "bf16" if _seconds(a.bfloat16()) < _seconds(a) else "fp32"
-
-
-def _seconds(a: Tensor) -> float:
-    a @ a
-    best = math.inf
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return best
+    cpu = torch.cpu
+    return "bf16" if cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported() else "fp32"
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:

@@ -1,0 +1,166 @@
+"""Networks: the streaming contract from samples to log-probabilities, saving and loading, export."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from contract import check_streaming, check_whole
+
+from asr.config import FeatureConfig, ModelConfig, NetworkConfig
+from asr.errors import ModelError
+from asr.models import Network, load_network, save_network
+from asr.runtime.export import build_graph, export_model, write_graphs
+from asr.text import Tokenizer
+
+
+def tiny_network(*, bidirectional: bool, look_ahead: int = 0, seed: int = 0) -> Network:
+    torch.manual_seed(seed)
+    model = ModelConfig(
+        bidirectional=bidirectional, channels=(12, 10), hidden=8, layers=2, look_ahead=look_ahead, phone_layer=1
+    )
+    config = NetworkConfig(format_version=1, features=FeatureConfig(bands=20), model=model)
+    tokenizer = Tokenizer.characters(["abc'"])
+    network = Network(config, tokenizer, torch.full((20,), -9.0), torch.full((20,), 4.0), ("<blank>", "AA", "B"))
+    for parameter in network.parameters():  # the look-ahead too: its start lets only the present through
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return network.eval()
+
+
+def audio(samples: int, rows: int = 3) -> torch.Tensor:
+    return 0.1 * torch.randn(rows, samples, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("look_ahead", [0, 3])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_streaming_network_keeps_the_contract(look_ahead: int, dtype: torch.dtype, tolerance: float) -> None:
+    network = tiny_network(bidirectional=False, look_ahead=look_ahead).to(dtype)
+    check_streaming(network, audio(16_000).to(dtype), tolerance=tolerance)
+
+
+def test_offline_network_reads_each_row_as_if_alone() -> None:
+    check_whole(tiny_network(bidirectional=True).double(), audio(16_000).double(), tolerance=1e-9)
+
+
+def test_offline_network_refuses_to_stream() -> None:
+    with pytest.raises(ModelError, match="streaming network"):
+        tiny_network(bidirectional=True).initial_state(1)
+
+
+def test_a_frame_is_forty_milliseconds_and_probabilities_add_up() -> None:
+    network = tiny_network(bidirectional=True)
+    log_probs, frames = network(audio(16_000, 2), torch.tensor([16_000, 10_000]))
+    assert log_probs.shape == (2, 25, len(network.tokenizer))
+    assert frames.tolist() == [25, 15]
+    assert torch.allclose(log_probs.exp().sum(-1), torch.ones(2, 25), atol=1e-5)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_saved_network_is_the_same_network(tmp_path: Path, bidirectional: bool) -> None:
+    network = tiny_network(bidirectional=bidirectional)
+    save_network(network, tmp_path / "net")
+    loaded = load_network(tmp_path / "net")
+    x, lengths = audio(8_000), torch.full((3,), 8_000)
+    assert torch.equal(network(x, lengths)[0], loaded(x, lengths)[0])
+    assert loaded.config == network.config
+    assert loaded.tokenizer.tokens == network.tokenizer.tokens
+    assert loaded.phones == network.phones
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: (d / "tokens.txt").unlink(), "tokens.txt is missing"),
+        (lambda d: (d / "weights.safetensors").write_bytes(b"half"), "weights.safetensors"),
+        (
+            lambda d: (d / "config.toml").write_text(
+                (d / "config.toml").read_text().replace("format_version = 1", "format_version = 9")
+            ),
+            "version 9",
+        ),
+        (
+            lambda d: (d / "config.toml").write_text(
+                (d / "config.toml").read_text().replace("hidden = 8", "hidden = 9")
+            ),
+            "weights.safetensors",
+        ),
+    ],
+)
+def test_a_spoiled_network_is_refused_by_name(tmp_path: Path, spoil, message: str) -> None:
+    save_network(tiny_network(bidirectional=False), tmp_path / "net")
+    spoil(tmp_path / "net")
+    with pytest.raises(ModelError, match=message):
+        load_network(tmp_path / "net")
+
+
+def run_offline(model: bytes, x: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    session = onnxruntime.InferenceSession(model)
+    log_probs, frames = session.run(["log_probs", "frames"], {"audio": x, "lengths": lengths})
+    return np.asarray(log_probs), np.asarray(frames)
+
+
+def test_the_offline_graph_equals_pytorch_on_a_padded_batch() -> None:
+    network = tiny_network(bidirectional=True)
+    x, lengths = audio(9_999), torch.tensor([9_999, 7_000, 1_280])
+    expected, frames = network(x, lengths)
+    got, got_frames = run_offline(build_graph(network).SerializeToString(), x.numpy(), lengths.numpy())
+    assert got_frames.tolist() == frames.tolist()
+    for i, n in enumerate(frames.tolist()):
+        assert np.abs(got[i, :n] - expected[i, :n].detach().numpy()).max() < 1e-4
+
+
+@pytest.mark.parametrize("look_ahead", [0, 3])
+@pytest.mark.parametrize("block", [1, 4, 25])
+def test_the_streaming_graph_in_blocks_equals_pytorch_whole(look_ahead: int, block: int) -> None:
+    network = tiny_network(bidirectional=False, look_ahead=look_ahead)
+    x = audio(640 * 50, 2)
+    expected, _ = network(x, torch.full((2,), x.shape[1]))
+    session = onnxruntime.InferenceSession(build_graph(network).SerializeToString())
+    shapes = json.loads(session.get_modelmeta().custom_metadata_map["state_shapes"])
+    state = {f"state_{i}": np.zeros((2, *s), np.float32) for i, s in enumerate(shapes)}
+    names = ["log_probs", *(f"new_{name}" for name in state)]
+    outputs = []
+    blocks = [(x[:, i : i + 640 * block].numpy(), 0.0) for i in range(0, x.shape[1], 640 * block)]
+    if look_ahead:
+        blocks.append((np.zeros((2, 640 * look_ahead), np.float32), 1.0))
+    for samples, flush in blocks:
+        y, *after = session.run(names, {"audio": samples, "flush": np.array([flush], np.float32), **state})
+        state = dict(zip(state, map(np.asarray, after), strict=True))
+        outputs.append(np.asarray(y))
+    got = np.concatenate(outputs, axis=1)[:, look_ahead:]
+    assert got.shape == tuple(expected.shape)
+    assert np.abs(got - expected.detach().numpy()).max() < 1e-4
+
+
+def test_graphs_are_written_with_metadata_and_int8_is_close(tmp_path: Path) -> None:
+    network = tiny_network(bidirectional=True)
+    save_network(network, tmp_path / "net")
+    write_graphs(tmp_path / "net")
+    x, lengths = audio(16_000).numpy(), np.full(3, 16_000)
+    exact, _ = run_offline((tmp_path / "net" / "model.onnx").read_bytes(), x, lengths)
+    rounded, _ = run_offline((tmp_path / "net" / "model.int8.onnx").read_bytes(), x, lengths)
+    assert 0 < np.abs(exact - rounded).max() < 0.5
+    session = onnxruntime.InferenceSession(str(tmp_path / "net" / "model.int8.onnx"))
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert metadata["kind"] == "offline"
+    assert metadata["precision"] == "int8"
+    assert metadata["samples_per_frame"] == "640"
+
+
+def test_export_joins_two_runs_into_one_model(tmp_path: Path) -> None:
+    save_network(tiny_network(bidirectional=True), tmp_path / "a" / "model" / "offline")
+    save_network(tiny_network(bidirectional=False), tmp_path / "b" / "model" / "streaming")
+    export_model([tmp_path / "a", tmp_path / "b"], tmp_path / "joined")
+    for kind in ("offline", "streaming"):
+        files = {p.name for p in (tmp_path / "joined" / kind).iterdir()}
+        assert {"config.toml", "tokens.txt", "weights.safetensors", "model.onnx", "model.int8.onnx"} <= files
+    assert (tmp_path / "joined" / "card.json").is_file()
+    written = export_model([tmp_path / "joined"], tmp_path / "graphs", "onnx-int8")
+    assert sorted(p.name for p in written) == ["offline.int8.onnx", "streaming.int8.onnx"]
+
+
+def test_exporting_what_is_no_model_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="neither a run nor a model"):
+        export_model([tmp_path], tmp_path / "out")

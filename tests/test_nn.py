@@ -1,0 +1,128 @@
+"""Layers: the streaming contract, and agreement with independent implementations."""
+
+import pytest
+import torch
+from contract import check_streaming, check_whole
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from asr.errors import ModelError
+from asr.nn import LSTM, BiLSTM, Chain, LookAhead, Normalise, StreamingLayer, StridedConvolution
+
+
+def streaming_layers() -> dict[str, StreamingLayer]:
+    torch.manual_seed(0)
+    look_ahead = LookAhead(6, 3)
+    nn.init.normal_(look_ahead.weight)
+    convolution = StridedConvolution(6, 5, 5, 2)
+    convolution.norm.running_mean.normal_()
+    convolution.norm.running_variance.uniform_(0.5, 2)
+    return {
+        "normalise": Normalise(torch.randn(6), torch.rand(6)),
+        "convolution": convolution,
+        "convolution without stride": StridedConvolution(6, 5, 3, 1),
+        "lstm": LSTM(6, 4),
+        "look-ahead": look_ahead,
+        "chain": Chain([StridedConvolution(6, 5, 3, 2), StridedConvolution(5, 6, 3, 2), LSTM(6, 6), look_ahead]),
+    }
+
+
+@pytest.mark.parametrize("name", streaming_layers())
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_streaming_contract(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    layer = streaming_layers()[name].to(dtype)
+    check_streaming(layer, torch.randn(3, 64, 6, dtype=dtype), tolerance=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_bilstm_reads_each_row_as_if_alone(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    check_whole(BiLSTM(6, 4).to(dtype), torch.randn(3, 40, 6, dtype=dtype), tolerance=tolerance)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 23), max_size=40), st.integers(1, 200))
+def test_any_chunking_equals_the_whole(sizes: list[int], time: int) -> None:
+    layer = streaming_layers()["chain"].double().eval()
+    x = torch.randn(1, time, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(time))
+    with torch.no_grad():
+        whole, _ = layer(x, torch.tensor([time]))
+        state, outputs, start = layer.initial_state(1), [], 0
+        for size in [*sizes, time]:
+            y, state = layer.step(x[:, start : start + size], state)
+            outputs.append(y)
+            start += size
+        outputs.append(layer.finish(state)[0])
+    joined = torch.cat(outputs, dim=1)
+    assert joined.shape == whole.shape
+    assert joined.numel() == 0 or float((joined - whole).abs().max()) < 1e-9
+
+
+def test_bilstm_equals_torch_with_packed_sequences() -> None:
+    torch.manual_seed(1)
+    ours = BiLSTM(5, 4).double().eval()
+    theirs = nn.LSTM(5, 4, batch_first=True, bidirectional=True).double()
+    for name, value in ours.ahead.state_dict().items():
+        theirs.state_dict()[name].copy_(value)
+    for name, value in ours.back.state_dict().items():
+        theirs.state_dict()[f"{name}_reverse"].copy_(value)
+    x, lengths = torch.randn(3, 20, 5, dtype=torch.float64), torch.tensor([20, 13, 4])
+    with torch.no_grad():
+        packed, _ = theirs(pack_padded_sequence(x, lengths, batch_first=True))
+        expected, _ = pad_packed_sequence(packed, batch_first=True)
+        got, _ = ours(x, lengths)
+    for i, n in enumerate(lengths):
+        assert torch.allclose(got[i, :n], ours.norm(expected[i, :n]), atol=1e-9)
+
+
+def test_lstm_equals_its_equations() -> None:
+    torch.manual_seed(2)
+    layer = LSTM(3, 2).double().eval()
+    x = torch.randn(1, 7, 3, dtype=torch.float64)
+    cell = layer.lstm
+    w_i, w_f, w_c, w_o = cell.weight_ih_l0.chunk(4)
+    u_i, u_f, u_c, u_o = cell.weight_hh_l0.chunk(4)
+    b_i, b_f, b_c, b_o = (cell.bias_ih_l0 + cell.bias_hh_l0).chunk(4)
+    h = c = torch.zeros(2, dtype=torch.float64)
+    expected = []
+    for x_t in x[0]:
+        i = torch.sigmoid(w_i @ x_t + u_i @ h + b_i)
+        f = torch.sigmoid(w_f @ x_t + u_f @ h + b_f)
+        candidate = torch.tanh(w_c @ x_t + u_c @ h + b_c)
+        o = torch.sigmoid(w_o @ x_t + u_o @ h + b_o)
+        c = f * c + i * candidate
+        h = o * torch.tanh(c)
+        expected.append(h)
+    got, _ = layer(x, torch.tensor([7]))
+    assert torch.allclose(got[0], layer.norm(torch.stack(expected)), atol=1e-9)
+
+
+def test_forget_bias_starts_at_one() -> None:
+    cell = LSTM(3, 4).lstm
+    bias = cell.bias_ih_l0 + cell.bias_hh_l0
+    assert bias.chunk(4)[1].tolist() == [1.0] * 4
+    assert bias.chunk(4)[0].tolist() == [0.0] * 4
+
+
+def test_a_bidirectional_layer_refuses_to_stream() -> None:
+    with pytest.raises(ModelError, match="streaming network"):
+        BiLSTM(3, 4).initial_state(1)
+
+
+def test_batch_norm_ignores_padding_while_training() -> None:
+    torch.manual_seed(3)
+    short, long = StridedConvolution(4, 3, 3, 1), StridedConvolution(4, 3, 3, 1)
+    long.load_state_dict(short.state_dict())
+    x = torch.randn(2, 10, 4)
+    padded = torch.cat([x, torch.full((2, 30, 4), 1e3)], dim=1)
+    y, _ = short.train()(x, torch.tensor([10, 10]))
+    z, _ = long.train()(padded, torch.tensor([10, 10]))
+    assert torch.allclose(y, z[:, :10], atol=1e-5)
+    assert torch.allclose(short.norm.running_variance, long.norm.running_variance, atol=1e-5)
+
+
+def test_a_stride_after_a_look_ahead_is_refused() -> None:
+    with pytest.raises(ValueError, match="look-ahead"):
+        Chain([LookAhead(4, 2), StridedConvolution(4, 4, 3, 2)])

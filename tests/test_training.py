@@ -1,0 +1,233 @@
+"""Training: the data's order, what is left out, exact resumption, equal curves for one and two workers."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+
+from asr.config import AugmentConfig, DataConfig, FeatureConfig, ModelConfig, TrainConfig, TrainingConfig
+from asr.errors import AsrError, ConfigError
+from asr.models import load_network
+from asr.training.checkpoint import average_weights
+from asr.training.data import Corpus, Loader, Sampler, frames_needed
+from asr.training.loop import run_training
+from asr.training.shards import ShardDataset, write_shard
+from asr.training.step import ctc, learning_rate
+
+WORDS = {"low": 200.0, "mid": 800.0, "high": 2_400.0}
+
+
+def write_corpus(folder: Path, rows: int = 60, seed: int = 0, extra: list[dict] | None = None) -> Path:
+    """A prepared folder of tones: each word is a pitch, each row one to three words."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    data = []
+    for i in range(rows):
+        words = rng.choice(list(WORDS), rng.integers(1, 4))
+        time = np.arange(6_400) / 16_000
+        tones = [np.sin(2 * np.pi * WORDS[w] * time) * np.hanning(6_400) for w in words]
+        audio = 0.3 * np.concatenate(tones) + 0.003 * rng.standard_normal(6_400 * len(words))
+        data.append(row(f"r{i}", " ".join(words), audio))
+    data += extra or []
+    write_shard(folder / "shard-00000.arrow", data)
+    shard = {"file": "shard-00000.arrow", "utterances": len(data), "seconds": 1.0}
+    info = {
+        "version": 1, "sample_rate": 16_000, "store": "audio", "shards": [shard], "utterances": len(data),
+        "seconds": 1.0, "skipped": 0, "characters": {}, "frames": 100, "mean": [-9.0] * 20, "variance": [9.0] * 20,
+    }  # fmt: skip
+    (folder / "dataset.json").write_text(json.dumps(info))
+    return folder
+
+
+def row(name: str, text: str, audio: np.ndarray, phones: str | None = None) -> dict:
+    samples = (audio * 32_767).astype("<i2")
+    return {
+        "id": name, "audio": samples.tobytes(), "n_samples": len(samples), "features": None, "n_frames": None,
+        "text": text, "phones": phones or " ".join(text.replace(" ", "")).upper(), "speaker": "s", "source": "tones",
+    }  # fmt: skip
+
+
+def tone_config(folder: Path, *, bidirectional: bool = True, epochs: int = 2, **training: object) -> TrainConfig:
+    settings = {"batch_seconds": 20.0, "checkpoint_steps": 2, "warmup_steps": 5, "precision": "fp32", **training}
+    return TrainConfig(
+        model=ModelConfig(
+            bidirectional=bidirectional, channels=(16, 16), hidden=16, layers=2, dropout=0.0, phone_layer=1
+        ),
+        features=FeatureConfig(bands=20),
+        data=DataConfig(train=(str(folder),), dev=(str(folder),), dev_minutes=10.0),
+        augment=AugmentConfig(band_mask_bands=2, time_mask_frames=4),
+        training=TrainingConfig(epochs=epochs, **settings),  # type: ignore[arg-type]
+    )
+
+
+def losses(run: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return {r["step"]: r["loss"] for r in rows if r["kind"] == "step"}
+
+
+def test_shards_give_back_what_was_written(tmp_path: Path) -> None:
+    dataset = ShardDataset(write_corpus(tmp_path / "d", rows=3))
+    assert len(dataset) == 3
+    assert len(dataset.audio(1)) == dataset.n_samples[1]
+    assert set(" ".join(dataset.texts).split()) <= set(WORDS)
+    with pytest.raises(ConfigError, match="asr prepare"):
+        ShardDataset(tmp_path / "nowhere")
+
+
+def test_every_usable_utterance_is_in_an_epoch_once(tmp_path: Path) -> None:
+    config = tone_config(write_corpus(tmp_path / "d"))
+    sampler = Sampler(Corpus(config.data.train), config, 640)
+    first, again, second = sampler.epoch(0), sampler.epoch(0), sampler.epoch(1)
+    assert first == again
+    assert first != second
+    assert sorted(r for plan in first for r in plan.rows) == list(range(60))
+    assert all(plan.samples * len(plan.rows) <= 1.3 * 20 * 16_000 for plan in first)
+
+
+def test_what_cannot_be_learnt_is_left_out_and_counted(tmp_path: Path) -> None:
+    audio = np.zeros(8_000)
+    dense = row("dense", "high " * 12 + "high", audio)
+    long = row("long", "low", np.zeros(16_000 * 21))
+    config = tone_config(write_corpus(tmp_path / "d", rows=5, extra=[dense, long]))
+    sampler = Sampler(Corpus(config.data.train), config, 640)
+    assert (sampler.too_dense, sampler.too_long) == (1, 1)
+    assert len(sampler.usable) == 5
+    assert frames_needed([1, 2, 2, 3]) == 5
+
+
+def test_the_curriculum_starts_with_short_utterances(tmp_path: Path) -> None:
+    config = tone_config(
+        write_corpus(tmp_path / "d"), curriculum_seconds=0.5, curriculum_step_seconds=0.4, curriculum_epochs=2
+    )
+    corpus = Corpus(config.data.train)
+    sampler = Sampler(corpus, config, 640)
+    longest = [max(corpus.n_samples[r] for p in sampler.epoch(e) for r in p.rows) for e in range(3)]
+    assert longest == [6_400, 12_800, 19_200]
+
+
+def test_ranks_share_a_batch_without_overlap(tmp_path: Path) -> None:
+    config = tone_config(write_corpus(tmp_path / "d"))
+    corpus = Corpus(config.data.train)
+    plan = Sampler(corpus, config, 640).epoch(0)[0]
+    whole = Loader(corpus, config, 160).batch(plan, 0)
+    parts = [Loader(corpus, config, 160, rank=r, world=2).batch(plan, 0) for r in range(2)]
+    assert sum(len(p.lengths) for p in parts) == len(whole.lengths)
+    assert torch.equal(parts[1].audio[0], whole.audio[1])
+    assert parts[0].token_count == whole.token_count
+
+
+def test_ctc_equals_a_sum_over_all_paths() -> None:
+    log_probs = torch.randn(1, 4, 3, dtype=torch.float64).log_softmax(-1)
+    target = [1, 2]
+    total = 0.0
+    for path in np.ndindex(3, 3, 3, 3):
+        collapsed = [p for i, p in enumerate(path) if p and (i == 0 or path[i - 1] != p)]
+        if collapsed == target:
+            total += float(sum(log_probs[0, t, p] for t, p in enumerate(path)).exp())
+    loss = ctc(log_probs, torch.tensor([4]), torch.tensor([target]), torch.tensor([2]))
+    assert abs(float(loss) + np.log(total)) < 1e-5
+
+
+def test_the_learning_rate_rises_then_falls_to_zero() -> None:
+    rates = [learning_rate(s, 1_000, 1.0, 100) for s in range(1_001)]
+    assert rates[0] == 0.01
+    assert max(rates) == rates[100] == 1.0
+    assert rates[1_000] < 1e-9
+
+
+def test_a_network_learns_and_leaves_a_model_folder(tmp_path: Path) -> None:
+    config = tone_config(write_corpus(tmp_path / "d"), epochs=40, learning_rate=1e-2)
+    folder = run_training(config, tmp_path / "run")
+    curve = losses(tmp_path / "run")
+    assert curve[max(curve)] < 0.2 * curve[1]
+    network = load_network(folder)
+    assert network.config.model == config.model
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert min(r["cer"] for r in rows if r["kind"] == "dev") < 0.1
+    assert any((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_a_killed_run_goes_on_step_by_step_as_if_undisturbed(tmp_path: Path) -> None:
+    """The same losses to the last bit: data order, weights, moments and random states are all restored."""
+    config = tone_config(write_corpus(tmp_path / "d", rows=200), epochs=3)
+    run_training(config, tmp_path / "whole")
+    program = (
+        "import sys; sys.path.insert(0, 'tests');"
+        "from test_training import *;"
+        f"run_training(tone_config(Path({str(tmp_path / 'd')!r}), epochs=3), Path({str(tmp_path / 'cut')!r}))"
+    )
+    child = subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
+    log = tmp_path / "cut" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and child.poll() is None:
+        if log.is_file() and log.read_text().count("\n") > 8:
+            break
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert len(losses(tmp_path / "cut")) < len(losses(tmp_path / "whole")), "the child was done before it was killed"
+    run_training(config, tmp_path / "cut")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_a_run_refuses_another_configuration(tmp_path: Path) -> None:
+    folder = write_corpus(tmp_path / "d", rows=6)
+    run_training(tone_config(folder, epochs=1), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"\[training\] differ"):
+        run_training(tone_config(folder, epochs=2), tmp_path / "run")
+
+
+def test_init_from_continues_and_refuses_another_shape(tmp_path: Path) -> None:
+    folder = write_corpus(tmp_path / "d", rows=6)
+    first = run_training(tone_config(folder, epochs=1), tmp_path / "first")
+    import dataclasses
+
+    config = dataclasses.replace(tone_config(folder, epochs=1), init_from=str(first))
+    run_training(config, tmp_path / "second")
+    other = dataclasses.replace(tone_config(folder, epochs=1, bidirectional=False), init_from=str(first))
+    with pytest.raises(ConfigError, match="do not fit"):
+        run_training(other, tmp_path / "third")
+
+
+def test_averaged_weights_are_the_mean(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    for i in range(3):
+        save_file({"w": torch.full((2,), float(i))}, tmp_path / f"{i}.safetensors")
+    assert average_weights(sorted(tmp_path.glob("*.safetensors")))["w"].tolist() == [1.0, 1.0]
+
+
+def test_steps_that_stay_non_finite_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asr.training.loop.learning_rate", lambda *_: float("inf"))
+    config = tone_config(write_corpus(tmp_path / "d", rows=200), epochs=10)
+    with pytest.raises(AsrError, match="non-finite gradient"):
+        run_training(config, tmp_path / "run")
+
+
+def _one_rank(rank: int, world: int, folder: str, run: str, port: int) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    run_training(tone_config(Path(folder)), Path(run), rank=rank, world=world)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_workers_give_the_curve_of_one(tmp_path: Path) -> None:
+    """Same global batches, same masks: losses agree to 1 % (sums are taken in another order)."""
+    import socket
+
+    folder = write_corpus(tmp_path / "d")
+    run_training(tone_config(folder), tmp_path / "one")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(_one_rank, (2, str(folder), str(tmp_path / "two"), port), nprocs=2)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert all(abs(one[s] - two[s]) <= 0.01 * one[s] for s in one), (one, two)
