@@ -13,10 +13,7 @@ _UNIT_FRAMES = 10
 _UNIT = _UNIT_FRAMES * _FRAME  # samples: every 100 ms it is decided whether to cut
 _MEMORY = 100  # units: noise floor and speech level are those of the last 10 s
 _SEARCH = 5 * SAMPLE_RATE  # samples: a forced cut falls into so much audio before the limit
-_LEAST_MARGIN, _MOST_MARGIN = 4.0, 10.0  # dB
-_STEADY = float(__import__('os').environ.get('STEADY', 7))
-PRE = float(__import__('os').environ.get('PRE', 0))
-FAC = float(__import__('os').environ.get('FAC', 0.3))
+_MARGIN = 5.0  # dB: speech is at least so far above the noise, and its loudest at least twice so far
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +34,9 @@ class EndpointConfig:
         if not 0.2 <= self.trailing_silence <= 10:
             raise ConfigError(f"trailing_silence = {self.trailing_silence!r}: must be 0.2 to 10 s")
         if not self.trailing_silence <= self.leading_silence:
-            raise ConfigError(
-                f"leading_silence = {self.leading_silence!r}: must be at least trailing_silence"
-            )
+            raise ConfigError(f"leading_silence = {self.leading_silence!r}: must be at least trailing_silence")
         if not max(2.0, self.trailing_silence) <= self.max_segment <= 300:
-            raise ConfigError(
-                f"max_segment = {self.max_segment!r}: must be 2 to 300 s and at least trailing_silence"
-            )
+            raise ConfigError(f"max_segment = {self.max_segment!r}: must be 2 to 300 s and at least trailing_silence")
 
 
 class Endpointer:
@@ -84,10 +77,6 @@ class Endpointer:
         if not units:
             return []
         frames = samples[: units * _UNIT].reshape(-1, _FRAME)
-        if PRE:
-            flat = samples[: units * _UNIT]
-            d = flat - np.float32(PRE) * np.concatenate([[np.float32(0)], flat[:-1]])
-            frames = d.reshape(-1, _FRAME)
         levels = 10 * np.log10(np.square(frames).mean(axis=1) + np.float32(1e-9))
         # Single frames count for nothing: neither a click in a pause nor the gap of a plosive.
         ranked = np.sort(levels.reshape(units, _UNIT_FRAMES), axis=1)
@@ -127,9 +116,9 @@ def _threshold(lows: Sequence[float], highs: Sequence[float], pause: int) -> flo
     """The level in dB from which a unit counts as speech; `pause` is how many units a pause takes."""
     floor = sorted(lows)[len(lows) // 10]
     speech = sorted(highs)[-2:][0]  # the second loudest: one slammed door is not the speech level
-    if speech - floor < 2 * _LEAST_MARGIN:
+    if speech - floor < 2 * _MARGIN:
         return np.inf  # steady noise and nothing else
-    margin = min(max(FAC * (speech - floor), _LEAST_MARGIN), _MOST_MARGIN)
     pause_low, pause_high = min(lows[-pause:]), max(highs[-pause:])
-    steady = pause_high + 0.1 if pause_high - pause_low < _STEADY else floor
-    return min(max(floor + margin, steady), speech - margin)
+    if pause_high - pause_low < _MARGIN:  # steadier than any speech: noise that came up in a pause
+        floor = max(floor, pause_low)
+    return min(floor, speech - 2 * _MARGIN) + _MARGIN

@@ -70,11 +70,12 @@ def read_manifest(path: str | Path) -> tuple[list[Utterance], list[Problem]]:
     """
     # abspath, not resolve: links stay as they are named.
     path = Path(os.path.abspath(path))
-    folder = path if path.is_dir() else path.parent
+    is_folder = os.path.isdir(path)
+    folder = path if is_folder else path.parent
     utterances: list[Utterance] = []
     problems: list[Problem] = []
     try:
-        for row in _read_folder(path) if path.is_dir() else _read_file(path):
+        for row in _read_folder(path) if is_folder else _read_file(path):
             if isinstance(row, Problem):
                 problems.append(row)
                 continue
@@ -103,7 +104,7 @@ def _check(where: str, folder: Path, **fields: Any) -> Utterance:
         speaker = str(speaker)
     for name, value in (("audio_filepath", audio), ("text", text), ("speaker", speaker)):
         if value is not None and not isinstance(value, str):
-            raise ManifestError(f"{name} is {value!r}, not a string")
+            raise ManifestError(f"{name} is {value!r:.40}, not a string")
         if value is not None and not _is_unicode(value):
             raise ManifestError(f"{name} is not valid UTF-8")
     duration, offset = _seconds("duration", fields.get("duration")), _seconds("offset", fields.get("offset"))
@@ -151,7 +152,7 @@ def _seconds(name: str, value: Any) -> float | None:
     except (TypeError, ValueError, OverflowError):
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise ManifestError(f"{name} is {value!r}; it must be seconds, a number not below 0")
+        raise ManifestError(f"{name} is {value!r:.40}; it must be seconds, a number not below 0")
     return seconds
 
 

@@ -107,9 +107,7 @@ class Recognizer:
                 find_graph(folder, precision)
             networks[name] = Network(
                 Tokenizer.load(folder / "tokens.txt"),
-                lambda folder=folder: load_engine(
-                    folder, engine=engine, precision=precision, threads=threads
-                ),
+                lambda folder=folder: load_engine(folder, engine=engine, precision=precision, threads=threads),
                 where=str(folder),
             )
         shown = "shipped model" if path is None else f"model {path}"
@@ -228,9 +226,7 @@ class Session:
     writes for 250 ms of silence, the segment, and 250 ms of silence, read in blocks of one size.
     """
 
-    def __init__(
-        self, network: "Network", decoding: str, endpoint: EndpointConfig | None, sample_rate: int
-    ) -> None:
+    def __init__(self, network: "Network", decoding: str, endpoint: EndpointConfig | None, sample_rate: int) -> None:
         self._clock = _Clock(sample_rate)
         self._network, self._decoding = network, decoding
         self._endpointer = None if endpoint is None else Endpointer(endpoint)
@@ -327,9 +323,7 @@ class Network:
     def segment(self, spans: Iterable[TokenSpan], start: float, end: float) -> Segment | None:
         """The segment [start, end), in seconds, with these tokens; None where they spell nothing."""
         frame = self.engine.samples_per_frame / SAMPLE_RATE
-        words = words_from_tokens(
-            spans, self.tokens, start=start, end=end, frame=frame, edge=EDGE_SILENCE_SECONDS
-        )
+        words = words_from_tokens(spans, self.tokens, start=start, end=end, frame=frame, edge=EDGE_SILENCE_SECONDS)
         if not words:
             return None
         return Segment(text=" ".join(word.text for word in words), start=start, end=end, words=tuple(words))

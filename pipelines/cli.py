@@ -41,6 +41,7 @@ app = typer.Typer(
 
 MANIFESTS = "NeMo JSON Lines, CSV, a Kaldi folder, Lhotse cuts, or a folder of recordings with texts."
 RECOGNIZE = "Recognize"
+TRAIN_PACKAGES = {"torch", "torchaudio", "ray", "pyarrow", "safetensors", "tensorboard", "onnx", "librosa"}
 TRAIN = "Train"
 
 
@@ -252,6 +253,28 @@ def evaluate(
     _end(problems)
 
 
+@app.command(rich_help_panel=RECOGNIZE)
+def bench(
+    audio: Annotated[list[Path], typer.Argument(help="Some recordings of speech, a few seconds each.")],
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to a file as well.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; figures are their medians.")] = 5,
+    model: ModelOption = None,
+    threads: ThreadsOption = 1,
+) -> None:
+    """Measure what recognition and training cost on this machine (extra \\[train]).
+
+    Features against torchaudio's, a live stream against stepping PyTorch and the
+    bare graph, whole files against PyTorch, training against packed sequences:
+    each group interleaved in one run. Also the largest difference between
+    reading in blocks and whole.
+    """
+    from pipelines.bench import run_bench
+
+    run_bench(audio, model=model, rounds=rounds, threads=threads, json_file=json_file)
+
+
 # ---- training
 
 
@@ -334,11 +357,15 @@ def export(
         Literal["model", "onnx", "onnx-int8"],
         typer.Option(help="A whole model folder, or only the graphs."),
     ] = "model",
+    small: Annotated[
+        bool, typer.Option("--small", help="A model in a quarter of the size: float16 weights, int8 graphs alone.")
+    ] = False,
 ) -> None:
     """Join runs (an offline one, a streaming one) into one model folder, or write their ONNX graphs."""
     from asr.runtime.export import export_model
+    from asr.runtime.folder import shipped_model
 
-    export_model(sources or [], out, to)
+    export_model(sources or [shipped_model()], out, to, small=small)
     print(f"{out}: written")
 
 
@@ -377,6 +404,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(args=arguments, prog_name="asr")
     except AsrError as error:
         _complain(error)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in TRAIN_PACKAGES:
+            raise
+        _tell(f"error: this needs {error.name}, which is not installed: pip install 'streaming-asr[train]'")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

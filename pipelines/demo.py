@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import threading
@@ -145,8 +146,8 @@ def train_and_recognize(run: Path) -> None:
     utterances, _ = read_manifest(manifests["dev"])
     show_batch(recognizer, utterances, network=config.model.kind, rows=8)
     console.print(
-        f"A model of ten digits, from minutes of synthetic speech; it stays in {model.relative_to(ROOT)}.\n"
-        "Your own recordings go the same way: .venv/bin/asr prepare --help, .venv/bin/asr train --help"
+        f"A model of ten digits, from minutes of synthetic speech: {os.path.relpath(model)}\n"
+        "Your own recordings go the same way: .venv/bin/asr prepare, .venv/bin/asr train"
     )
 
 

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import soundfile
 import soxr
-from asr.audio import SAMPLE_RATE
 
+from asr.audio import SAMPLE_RATE
 from asr.errors import AsrError
 from asr.text import normalize
 
@@ -78,9 +78,7 @@ def voices() -> list[str]:
     """Every English voice of espeak-ng: an accent alone, or an accent with a variant ("en-gb-x-rp+m2")."""
     folder = Path(_loader().get_data_path()) / "voices" / "!v"
     variants = sorted(path.name for path in folder.iterdir() if " " not in path.name)
-    return [
-        accent + suffix for accent in ACCENTS for suffix in ("", *(f"+{variant}" for variant in variants))
-    ]
+    return [accent + suffix for accent in ACCENTS for suffix in ("", *(f"+{variant}" for variant in variants))]
 
 
 def synthesize(
@@ -129,9 +127,7 @@ def synthesize(
         name = f"audio/{i:05d}.flac"
         soundfile.write(out / name, samples, SAMPLE_RATE, subtype="PCM_16")
         duration = round(len(samples) / SAMPLE_RATE, 3)
-        rows.append(
-            {"audio_filepath": name, "duration": duration, "text": text, "speaker": f"espeak-{voice}"}
-        )
+        rows.append({"audio_filepath": name, "duration": duration, "text": text, "speaker": f"espeak-{voice}"})
         if progress:
             progress(i + 1, len(texts))
     manifest, unfinished = out / "manifest.jsonl", out / "manifest.jsonl.tmp"
@@ -160,9 +156,7 @@ class Speaker:
         self._library = ctypes.CDLL(str(copy))
         self._rate = self._library.espeak_Initialize(_SYNCHRONOUS, 0, str(data).encode(), _DO_NOT_EXIT)
         if self._rate <= 0:
-            raise AsrError(
-                "espeak-ng does not start; install it again: pip install --force-reinstall espeakng-loader"
-            )
+            raise AsrError("espeak-ng does not start; install it again: pip install --force-reinstall espeakng-loader")
         self._callback = _CALLBACK(self._collect)  # kept here, for C holds only its address
         self._library.espeak_SetSynthCallback(self._callback)
 
@@ -174,9 +168,7 @@ class Speaker:
         """
         # espeak-ng itself ignores a variant that it does not know.
         if voice not in self._known or self._library.espeak_SetVoiceByName(voice.encode()) != 0:
-            raise AsrError(
-                f"espeak-ng has no voice {voice!r}; `python -m pipelines.synthesize --list-voices` has them"
-            )
+            raise AsrError(f"espeak-ng has no voice {voice!r}; `python -m pipelines.synthesize --list-voices` has them")
         self._library.espeak_SetParameter(_RATE, rate, 0)
         self._library.espeak_SetParameter(_PITCH, pitch, 0)
         self._library.espeak_SetParameter(_GAP, gap, 0)
@@ -202,9 +194,7 @@ def _loader() -> Any:
     try:
         import espeakng_loader
     except ImportError as error:
-        raise AsrError(
-            "synthetic speech needs espeakng-loader: pip install 'streaming-asr[train]'"
-        ) from error
+        raise AsrError("synthetic speech needs espeakng-loader: pip install 'streaming-asr[train]'") from error
     return espeakng_loader
 
 
@@ -214,17 +204,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="folder for the audio and manifest.jsonl")
     parser.add_argument("--text", type=Path, help="a line an utterance; .xz is read too")
-    parser.add_argument(
-        "--count", type=int, help="draw so many lines of 3 to 12 words from --text (default: all)"
-    )
+    parser.add_argument("--count", type=int, help="draw so many lines of 3 to 12 words from --text (default: all)")
     parser.add_argument("--digits", type=int, default=0, help="so many lines of 1 to 5 digits, besides")
-    parser.add_argument(
-        "--commands", type=int, default=0, help="so many lines of 1 or 2 command words, besides"
-    )
+    parser.add_argument("--commands", type=int, default=0, help="so many lines of 1 or 2 command words, besides")
     parser.add_argument("--voices", nargs="+", default=TRAINING_VOICES, metavar="VOICE")
-    parser.add_argument(
-        "--rate", nargs=2, type=int, default=(130, 210), metavar=("LOW", "HIGH"), help="words a minute"
-    )
+    parser.add_argument("--rate", nargs=2, type=int, default=(130, 210), metavar=("LOW", "HIGH"), help="words a minute")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--list-voices", action="store_true")
     args = parser.parse_args(arguments)

@@ -44,6 +44,8 @@ def _train_on_ray(config: TrainConfig, run: Path, workers: int, address: str | N
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
+        from asr.training.display import Display
+
         run.mkdir(parents=True, exist_ok=True)
         gpu = ray.cluster_resources().get("GPU", 0) >= workers
         trainer = TorchTrainer(
@@ -57,7 +59,9 @@ def _train_on_ray(config: TrainConfig, run: Path, workers: int, address: str | N
             ),
         )
         try:
-            trainer.fit()
+            with Display() as display:  # the workers' own output stays in Ray's logs
+                display.follow(run / "log.jsonl")
+                trainer.fit()
         except Exception as error:  # Ray wraps what a worker raised: give the reader the cause, not the wrapping
             cause = _own_error(error)
             if cause is None:

@@ -169,7 +169,8 @@ def test_blocks_joined_are_the_file(tmp_path, block_seconds, rate, kind):
 
 @pytest.mark.parametrize("kind", ["a.wav", "a.flac", "a.mp3", "a.ogg", "a.opus"])
 def test_parts_are_slices_of_the_whole(tmp_path, kind):
-    path = write(tmp_path / kind, noise(9.0), subtype="OPUS" if kind == "a.opus" else None)
+    # A tone: MP3 saves up bits over many frames for it, so a decoder that merely seeks gives silence.
+    path = write(tmp_path / kind, tone(9.0), subtype="OPUS" if kind == "a.opus" else None)
     whole = read_audio(path)
     for offset, duration in [(0.0, 2.5), (0.5, 1.0), (1.25, 0.01), (4.321, 3.0), (7.5, None), (8.5, 99.0)]:
         start = round(offset * 16_000)

@@ -36,9 +36,7 @@ def write_program(path: Path, text: str) -> None:
 def clone(tmp_path: Path) -> Path:
     """A copy of what the scripts need, without a .venv, in a folder with a space in its name."""
     clone = tmp_path / "a clone"
-    shutil.copytree(
-        ROOT / "scripts", clone / "scripts", ignore=shutil.ignore_patterns("samples", "__pycache__")
-    )
+    shutil.copytree(ROOT / "scripts", clone / "scripts", ignore=shutil.ignore_patterns("samples", "__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", clone)
     return clone
 

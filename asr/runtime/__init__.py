@@ -77,9 +77,7 @@ def load_engine(
         try:
             import torch  # noqa: F401
         except ImportError:
-            raise ModelError(
-                "the engine torch needs PyTorch: pip install 'streaming-asr[train]'"
-            ) from None
+            raise ModelError("the engine torch needs PyTorch: pip install 'streaming-asr[train]'") from None
         from asr.runtime.torch import open_network
 
         return open_network(network_dir, threads=threads)

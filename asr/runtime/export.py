@@ -5,6 +5,7 @@ product, batch normalisation folded into the convolutions, one LSTM operator a l
 """
 
 import json
+import logging
 import os
 import shutil
 from functools import singledispatchmethod
@@ -59,7 +60,11 @@ def quantise(model: onnx.ModelProto) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory() as folder:
         source, target = f"{folder}/fp32.onnx", f"{folder}/int8.onnx"
         onnx.save(model, source)
+        quiet = logging.getLogger()
+        level = quiet.level
+        quiet.setLevel(logging.ERROR)  # it advises a pre-processing step that this graph does not need
         quantize_dynamic(source, target, op_types_to_quantize=["LSTM"], weight_type=QuantType.QInt8, per_channel=True)
+        quiet.setLevel(level)
         quantised = onnx.load(target)
     metadata = {p.key: p.value for p in model.metadata_props} | {"precision": "int8"}
     helper.set_model_props(quantised, metadata)
@@ -285,11 +290,12 @@ def _check(network: Network, model: onnx.ModelProto, folder: Path) -> None:
         raise ModelError(f"{folder}: the exported graph differs from PyTorch by {difference:.2g} in log-probability")
 
 
-def export_model(sources: list[Path], out: Path, to: str = "model") -> list[Path]:
+def export_model(sources: list[Path], out: Path, to: str = "model", *, small: bool = False) -> list[Path]:
     """Join the networks of runs and model folders into one model folder, or write their graphs alone.
 
     Args:
         sources: run folders (with model/ inside) or model folders; a later one's network replaces an earlier one's.
+        small: a whole model in a quarter of the size: weights in float16, int8 graphs alone.
         to: "model" for a whole model folder, "onnx" or "onnx-int8" for OUT/(offline|streaming).onnx.
 
     Returns:
@@ -309,7 +315,7 @@ def export_model(sources: list[Path], out: Path, to: str = "model") -> list[Path
         if (folder / "card.json").is_file():
             card |= json.loads((folder / "card.json").read_text(encoding="utf-8"))
     if to == "model":
-        return [_write_model(networks, card, out)]
+        return [_write_model(networks, card, out, small)]
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for kind, folder in networks.items():
@@ -324,13 +330,13 @@ def export_model(sources: list[Path], out: Path, to: str = "model") -> list[Path
     return written
 
 
-def _write_model(networks: dict[str, Path], card: dict, out: Path) -> Path:
+def _write_model(networks: dict[str, Path], card: dict, out: Path, small: bool) -> Path:
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for kind, folder in networks.items():
-        save_network(load_network(folder), temporary / kind)
-        write_graphs(temporary / kind)
+        save_network(load_network(folder), temporary / kind, dtype=torch.float16 if small else torch.float32)
+        write_graphs(temporary / kind, precisions=("int8",) if small else ("fp32", "int8"))
     (temporary / "card.json").write_text(json.dumps(card or {"name": out.name}, indent=1) + "\n", encoding="utf-8")
     replace_folder(temporary, out)
     return out

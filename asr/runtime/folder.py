@@ -11,16 +11,25 @@ _GRAPHS = {"int8": "model.int8.onnx", "fp32": "model.onnx"}
 _SHIPPED = Path(__file__).parents[1] / "shipped"
 
 
+def shipped_model() -> Path:
+    """The model that comes with this package.
+
+    Raises:
+        ModelError: this installation has none.
+    """
+    if not _SHIPPED.is_dir():
+        raise ModelError("this installation ships no model; name a model folder")
+    return _SHIPPED
+
+
 def find_networks(path: str | Path | None) -> dict[str, Path]:
     """The networks of a model folder by name, "offline" or "streaming" or both; None is the shipped model.
 
     Raises:
         ModelError: no such folder, no network in it, or one that is incomplete or of another version.
     """
-    folder = _SHIPPED if path is None else Path(path)
+    folder = shipped_model() if path is None else Path(path)
     if not folder.is_dir():
-        if path is None:
-            raise ModelError("this installation ships no model; name a model folder")
         raise ModelError(f"{folder}: " + ("not a folder" if folder.exists() else "no such model folder"))
     networks = {name: folder / name for name in NETWORKS if (folder / name).is_dir()}
     if not networks:

@@ -12,8 +12,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchaudio
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
@@ -25,6 +23,7 @@ from asr.models import FORMAT_VERSION, Network, load_network, save_network
 from asr.text import Tokenizer
 from asr.training.checkpoint import average_weights, checkpoints, load_checkpoint, save_checkpoint
 from asr.training.data import Corpus, Loader, Sampler, tuning_plan
+from asr.training.display import Display
 from asr.training.step import Losses, choose_precision, ctc, learning_rate
 
 _BAD_STEPS_IN_A_ROW = 20
@@ -67,7 +66,7 @@ class _Trainer:
 
     def __init__(self, config: TrainConfig, run: Path, rank: int, world: int, device: torch.device) -> None:
         self.config, self.run, self.rank, self.world, self.device = config, run, rank, world, device
-        self.console = Console(stderr=True, quiet=rank > 0)
+        self.display = Display(quiet=rank > 0)
         _check_same_config(run, config, write=rank == 0)
         start = load_network(config.init_from) if config.init_from else None
         kept = run / "tokens.txt"
@@ -95,7 +94,7 @@ class _Trainer:
         self.progress = {"epoch": 0, "batch": 0, "best": math.inf, "skipped": 0, "audio_seconds": 0.0}
         self.step = 0
         self.bad_steps = 0  # in a row, with a non-finite gradient
-        self._say_start(precision)
+        self.description = self._describe(precision)
 
     def _new_network(self, start: Network | None) -> Network:
         config = self.config
@@ -111,7 +110,7 @@ class _Trainer:
             _take_weights(network, start)
         return network
 
-    def _say_start(self, precision: str) -> None:
+    def _describe(self, precision: str) -> str:
         sampler, corpus = self.sampler, self.corpus
         weights = sum(p.numel() for p in self.network.parameters())
         hours = corpus.n_samples[sampler.usable].sum() / SAMPLE_RATE / 3600
@@ -121,7 +120,7 @@ class _Trainer:
             "not spelled by the tokenizer": len(corpus.unspelled),
         }
         left_out = ", ".join(f"{n} {why}" for why, n in left.items() if n) or "none"
-        self.console.print(
+        return (
             f"{self.config.model.kind} network, {weights / 1e6:.2f} M weights, {len(corpus.tokenizer)} tokens, "
             f"{len(corpus.phones)} phones; {len(sampler.usable)} utterances, {hours:.2f} h; left out: {left_out}; "
             f"{sum(self.steps_in)} steps in {self.config.training.epochs} epochs; {precision}, {self.world} worker(s)"
@@ -133,34 +132,26 @@ class _Trainer:
         if found:
             self.progress = load_checkpoint(found[-1], self.network, self.optimizer, self.rank)
             self.step = self.progress.pop("step")
-            self.console.print(f"continuing from {found[-1]}")
         elif self.rank == 0:
             self.corpus.tokenizer.save(self.run / "tokens.txt")
         self.writer = SummaryWriter(str(self.run / "tensorboard")) if self.rank == 0 else None
-        self.log = open(self.run / "log.jsonl", "a", encoding="utf-8") if self.rank == 0 else None  # noqa: SIM115
-        columns = (
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-            TimeElapsedColumn(), TimeRemainingColumn(),
-        )  # fmt: skip
-        try:
-            with Progress(*columns, console=self.console, disable=self.rank > 0) as bar:
-                task = bar.add_task("training", total=sum(self.steps_in), completed=self.step)
-                self.show = lambda text: bar.update(task, description=text, completed=self.step)
+        with open(os.devnull if self.rank else self.run / "log.jsonl", "a", encoding="utf-8") as self.log, self.display:
+            text = self.description + (f"; continuing from {found[-1].name}" if found else "")
+            self._log("start", text=text, total=sum(self.steps_in))
+            try:
                 for epoch in range(self.progress["epoch"], config.training.epochs):
                     self._epoch(epoch)
                     metrics = {"epoch": epoch, "step": self.step, **self._tune(epoch)}
                     if report:
                         report(metrics)
-        except KeyboardInterrupt:
-            if self.world == 1:
-                self._save()
-            raise
-        finally:
-            if self.writer:
-                self.writer.close()
-            if self.log:
-                self.log.close()
-        return self._finish()
+            except KeyboardInterrupt:
+                if self.world == 1:
+                    self._save()
+                raise
+            finally:
+                if self.writer:
+                    self.writer.close()
+            return self._finish()
 
     def _epoch(self, epoch: int) -> None:
         training = self.config.training
@@ -192,8 +183,8 @@ class _Trainer:
                 self.bad_steps += 1
                 if self.bad_steps >= _BAD_STEPS_IN_A_ROW:
                     raise AsrError(
-                        f"{self.run}: {self.bad_steps} steps in a row had a non-finite gradient (step {self.step}); lower "
-                        "training.learning_rate, or look at the data of these steps in log.jsonl"
+                        f"{self.run}: {self.bad_steps} steps in a row had a non-finite gradient (step {self.step}); "
+                        "lower training.learning_rate, or look at the data of these steps in log.jsonl"
                     )
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
@@ -213,15 +204,17 @@ class _Trainer:
                     self._save()
         self.progress["epoch"], self.progress["batch"] = epoch + 1, 0
 
-    def _log(self, kind: str, **values: float) -> None:
-        if not (self.log and self.writer):
+    def _log(self, kind: str, **values: float | str) -> None:
+        """Add a row to log.jsonl, to TensorBoard and to what a person sees; rank 0 alone."""
+        if self.rank:
             return
-        self.log.write(json.dumps({"kind": kind, "step": self.step, "time": round(time.time(), 1), **values}) + "\n")
+        row = {"kind": kind, "step": self.step, "time": round(time.time(), 1), **values}
+        self.log.write(json.dumps(row) + "\n")
         self.log.flush()
+        self.display.show(row)
         for name, value in values.items():
-            self.writer.add_scalar(f"{kind}/{name}", value, self.step)
-        if kind == "step":
-            self.show(f"epoch {values['epoch'] + 1} loss {values['loss']:.3f} {values['speed']:.0f} audio s/s")
+            if self.writer and not isinstance(value, str):
+                self.writer.add_scalar(f"{kind}/{name}", value, self.step)
 
     def _save(self) -> None:
         states = [torch.get_rng_state()]
@@ -240,11 +233,8 @@ class _Trainer:
         metrics = self._score() if self.rank == 0 else {}
         if self.rank == 0:
             if metrics:
-                self._log("dev", epoch=epoch, **metrics)
-                self.console.print(
-                    f"epoch {epoch + 1}: dev loss {metrics['loss']:.3f}, CER {metrics['cer']:.1%}, "
-                    f"WER {metrics['wer']:.1%}, after {self.progress['audio_seconds'] / 3600:.1f} h of audio"
-                )
+                hours = self.progress["audio_seconds"] / 3600
+                self._log("dev", epoch=epoch, audio_hours=hours, **metrics)
             self._keep_epoch(epoch)
             if metrics.get("cer", 0.0) <= self.progress["best"]:
                 self.progress["best"] = metrics.get("cer", 0.0)
@@ -300,9 +290,8 @@ class _Trainer:
                 save_network(self.network, folder)
             else:
                 save_network(best, folder)
-            self.console.print(
-                f"CER of the best epoch {self.progress['best']:.1%}, of the mean of the last {averaged:.1%}"
-            )
+            best_cer = self.progress["best"]
+            self._log("end", text=f"CER of the best epoch {best_cer:.1%}, of the mean of the last {averaged:.1%}")
         if self.world > 1:
             dist.barrier()
         return folder

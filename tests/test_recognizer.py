@@ -1,0 +1,313 @@
+"""Recognition: the text of files and of live audio, however it is cut, with networks made by hand."""
+
+import itertools
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_endpoint import RATE, noise, speech
+
+from asr.endpoint import EndpointConfig, Endpointer
+from asr.errors import AsrError, AudioError, ConfigError, ModelError
+from asr.recognizer import Network, Recognizer, Session, Transcript
+from asr.runtime import State
+from asr.text import Tokenizer
+
+FRAME = 640
+TOKENIZER = Tokenizer.characters(["abcdef"])
+SHORT = EndpointConfig(trailing_silence=0.4, leading_silence=1.0, max_segment=2.5)
+EDGE = np.zeros(4000, np.float32)
+
+
+def energies(samples: np.ndarray) -> np.ndarray:
+    """Whole numbers, so that nothing depends on the order of additions: (n,) -> (n // FRAME,)."""
+    whole = samples[: len(samples) // FRAME * FRAME].reshape(-1, FRAME)
+    return np.rint(np.abs(whole.astype(np.float64)) * 2**15).astype(np.int64).sum(axis=1)
+
+
+def token(memory: int, ahead: int) -> int:
+    return (memory + ahead) // 7 % len(TOKENIZER)
+
+
+class MemoryEngine:
+    """Every frame's token depends on all frames since the start, and on one `latency_frames` ahead."""
+
+    samples_per_frame = FRAME
+    vocab_size = len(TOKENIZER)
+
+    def __init__(self, latency_frames: int = 2) -> None:
+        self.latency_frames = latency_frames
+        self.frames = 0
+        self.batches: list[tuple[int, int]] = []
+
+    def initial_state(self, batch: int = 1) -> State:
+        return tuple(np.zeros((batch, n), np.int64) for n in (1, self.latency_frames))
+
+    def step(self, audio: np.ndarray, state: State, flush: bool = False) -> tuple[np.ndarray, State]:
+        assert audio.dtype == np.float32
+        assert audio.shape[1] > 0
+        assert audio.shape[1] % FRAME == 0
+        self.frames += audio.size // FRAME
+        (memory,), held = state[0][0], list(state[1][0])
+        path = []
+        for value in energies(audio[0]).tolist():
+            memory = (memory * 5 + value) % 9973
+            held.append(memory)
+            path.append(token(held.pop(0), value))
+        return one_hot(path)[None], (np.array([[memory]]), np.array([held], np.int64).reshape(1, -1))
+
+    def log_probs(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
+        self.batches.append((len(batch), sum(len(samples) for samples in batch)))
+        return [one_hot(path(samples, self.latency_frames)) for samples in batch]
+
+
+def one_hot(tokens: Sequence[int]) -> np.ndarray:
+    values = np.full((len(tokens), len(TOKENIZER)), -9.0, np.float32)
+    values[np.arange(len(tokens)), list(tokens)] = np.log(0.9)
+    return values
+
+
+def path(samples: np.ndarray, latency: int) -> list[int]:
+    """What MemoryEngine writes for a whole segment: the oracle of the streaming tests."""
+    values = energies(samples).tolist()
+    memory = list(itertools.accumulate(values, lambda m, v: (m * 5 + v) % 9973, initial=0))[1:]
+    return [token(m, v) for m, v in zip(memory, [*values[latency:], *[0] * latency], strict=True)]
+
+
+def text(tokens: Sequence[int]) -> str:
+    return " ".join(TOKENIZER.decode(t for t, _ in itertools.groupby(tokens)).split())
+
+
+def recognizer(latency: int = 2, endpoint: EndpointConfig | None = SHORT) -> tuple[Recognizer, MemoryEngine]:
+    engine = MemoryEngine(latency)
+    networks = {name: Network(TOKENIZER, lambda: engine) for name in ("offline", "streaming")}
+    return Recognizer(networks, endpoint=endpoint), engine
+
+
+def fed(session: Session, audio: np.ndarray, sizes: Sequence[int] = (1600,)) -> Transcript:
+    position = 0
+    for size in itertools.cycle(sizes):
+        if position >= len(audio):
+            return session.finish()
+        session.feed(audio[position : position + size])
+        position += size
+    raise AssertionError
+
+
+def conversation(parts: list[tuple[float, float]], seed: int = 0) -> np.ndarray:
+    return np.concatenate([x for i, (s, p) in enumerate(parts) for x in (speech(s, seed=seed + i), noise(p, -60, i))])
+
+
+PARTS = st.lists(st.tuples(st.floats(0.0, 3.5), st.floats(0.0, 1.6)), min_size=1, max_size=4)
+SIZES = st.lists(st.sampled_from([0, 1, 7, 640, 1600, 2559, 2560, 2561, 11_003, 90_000]), min_size=1, max_size=4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(PARTS, SIZES, st.integers(0, 3), st.integers(0, 99))
+def test_text_is_the_networks_own_for_every_segment_however_the_audio_is_cut(
+    parts: list[tuple[float, float]], sizes: list[int], latency: int, seed: int
+) -> None:
+    audio = conversation(parts, seed)
+    model, engine = recognizer(latency)
+    whole = model.transcribe(audio, RATE, network="streaming")
+
+    cuts = [0, *Endpointer(SHORT).accept(audio), len(audio)]
+    segments = [np.concatenate([EDGE, audio[a:b], EDGE]) for a, b in itertools.pairwise(cuts)]
+    expected = [text(path(segment, latency)) for segment in segments]
+    assert [s.text for s in whole.segments] == [t for t in expected if t]
+    assert whole.text == " ".join(t for t in expected if t)
+
+    engine.frames = 0
+    assert fed(model.stream(), audio, [*sizes, 3200]) == whole
+    assert engine.frames < 2 * (len(audio) / FRAME + 12 * len(cuts))  # cuts in the past cost little
+    assert model.transcribe(audio, RATE) == whole  # this network writes the same offline
+    check_times(whole)
+
+
+def check_times(transcript: Transcript) -> None:
+    for spans in (transcript.segments, transcript.words):
+        edges = [t for span in spans for t in (span.start, span.end)]
+        assert edges == sorted(edges)
+        assert all(0 <= t <= transcript.duration for t in edges)
+    assert all(0 <= word.confidence <= 1 for word in transcript.words)
+    assert transcript.text == " ".join(word.text for word in transcript.words)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2), st.integers(0, 40_000))
+def test_a_partial_tells_every_whole_block_and_the_end_what_is_left(latency: int, samples: int) -> None:
+    model, _ = recognizer(latency, endpoint=None)
+    audio = speech(2.5)[:samples]
+    session = model.stream()
+    update = session.feed(audio)
+    frames = (len(EDGE) + samples) // 2560 * 4 - latency
+    padded = np.concatenate([EDGE, audio, EDGE])
+    values = path(padded, latency)
+    assert update.partial == text(values[: max(frames, 0)])
+    assert session.finish().text == text(values)
+
+
+def test_finals_come_with_the_feed_that_closes_them() -> None:
+    model, _ = recognizer()
+    audio = conversation([(1.5, 1.0), (1.5, 1.0), (1.0, 0.2)])
+    session = model.stream()
+    finals = [s for block in np.array_split(audio, 97) for s in session.feed(block).final]
+    whole = session.finish()
+    assert len(finals) >= 2
+    assert tuple(finals) == whole.segments[: len(finals)]
+
+
+def test_interleaved_sessions_do_not_touch_each_other() -> None:
+    model, _ = recognizer()
+    audios = [conversation([(2, 0.8), (1, 0.3)], seed) for seed in range(3)]
+    alone = [fed(model.stream(), audio) for audio in audios]
+    sessions = [model.stream() for _ in audios]
+    for position in range(0, max(map(len, audios)), 1000):
+        for session, audio in zip(sessions, audios, strict=True):
+            session.feed(audio[position : position + 1000])
+    assert [session.finish() for session in sessions] == alone
+
+
+@pytest.mark.parametrize("network", ["offline", "streaming"])
+@pytest.mark.parametrize("samples", [0, 1, 639, 8000])
+def test_very_short_audio_has_a_valid_transcript(network: str, samples: int) -> None:
+    model, _ = recognizer()
+    transcript = model.transcribe(speech(1)[:samples], RATE, network=network)
+    assert transcript.duration == samples / RATE
+    check_times(transcript)
+
+
+@pytest.mark.parametrize("network", ["offline", "streaming"])
+def test_silence_has_an_empty_text(network: str) -> None:
+    transcript = recognizer()[0].transcribe(np.zeros(20 * RATE, np.float32), RATE, network=network)
+    assert transcript == Transcript(text="", words=(), segments=(), duration=20.0)
+
+
+def test_a_finished_session_says_so() -> None:
+    session = recognizer()[0].stream()
+    session.feed(speech(1))
+    first = session.finish()
+    assert session.finish() is first
+    with pytest.raises(AsrError, match=r"finished.*Recognizer\.stream"):
+        session.feed(speech(1))
+
+
+def test_bad_samples_are_refused_and_the_session_goes_on() -> None:
+    model, _ = recognizer()
+    session = model.stream()
+    session.feed(speech(1))
+    with pytest.raises(AudioError, match="NaN"):
+        session.feed(np.array([0.0, np.nan], np.float32))
+    with pytest.raises(AudioError, match="int32"):
+        session.feed(np.zeros(5, np.int32))
+    session.feed(speech(1, seed=1))
+    assert session.finish() == model.transcribe(np.concatenate([speech(1), speech(1, seed=1)]), RATE, "streaming")
+
+
+def test_integers_and_floats_are_the_same_audio() -> None:
+    model, _ = recognizer()
+    audio = np.rint(conversation([(2, 0.8), (1, 0.1)]) * 32768).astype(np.int16)
+    assert fed(model.stream(), audio) == fed(model.stream(), audio.astype(np.float32) / 32768)
+
+
+@settings(max_examples=5, deadline=None)
+@given(SIZES, st.sampled_from([8_000, 22_050, 44_100, 48_000]))
+def test_another_rate_is_resampled_with_state(sizes: list[int], rate: int) -> None:
+    model, _ = recognizer()
+    audio = conversation([(1.5, 0.8), (1, 0.1)])
+    session = model.stream(rate)
+    live = fed(session, audio, [*sizes, 4000])
+    assert live == model.transcribe(audio, rate, network="streaming")
+    assert live.duration == len(audio) / rate
+    check_times(live)
+
+
+@pytest.mark.parametrize("rate", [RATE, 44_100])
+def test_a_file_and_the_same_audio_live_have_one_text(tmp_path: Path, rate: int) -> None:
+    model, _ = recognizer()
+    samples = np.rint(np.clip(conversation([(2, 0.8), (3, 0.2), (1, 1.0)]), -1, 1) * 32767).astype(np.int16)
+    soundfile.write(tmp_path / "a.wav", samples, rate)
+    file = model.transcribe(tmp_path / "a.wav", network="streaming")
+    live = fed(model.stream(rate), samples, [1999])
+    assert file.text == live.text
+    assert [w.text for w in file.words] == [w.text for w in live.words]
+    assert file.duration == pytest.approx(live.duration, abs=1e-4)
+    assert len(file.segments) > 1
+
+
+def test_a_long_file_is_read_in_batches_of_bounded_size(tmp_path: Path) -> None:
+    model, engine = recognizer(endpoint=EndpointConfig())
+    audio = np.tile(conversation([(6, 1.0), (9, 1.2), (40, 1.0)]), 20)
+    soundfile.write(tmp_path / "long.flac", audio, RATE)
+    transcript = model.transcribe(tmp_path / "long.flac")
+    assert transcript.duration == pytest.approx(len(audio) / RATE)
+    assert len(transcript.segments) >= 60
+    assert max(s.end - s.start for s in transcript.segments) <= 30.0
+    assert max(rows for rows, _ in engine.batches) > 1
+    assert max(samples for _, samples in engine.batches) <= 125 * RATE
+    assert sum(samples for _, samples in engine.batches) - len(EDGE) * 2 * len(transcript.segments) == pytest.approx(
+        len(audio), abs=RATE
+    )
+
+
+def test_a_batch_is_uncut_and_keeps_its_order() -> None:
+    model, engine = recognizer()
+    audios = [conversation([(n, 1.0), (0.5, 0.0)], seed=i) for i, n in enumerate([3.0, 0.2, 5.0, 1.0])] * 6
+    for network in ("offline", "streaming"):
+        transcripts = model.transcribe_batch(audios, network=network)
+        assert [t.text for t in transcripts] == [text(path(np.concatenate([EDGE, a, EDGE]), 2)) for a in audios]
+        assert all(len(t.segments) == 1 for t in transcripts)
+    assert {rows for rows, _ in engine.batches} == {16, 8}
+    assert model.transcribe_batch([]) == []
+
+
+def test_a_session_keeps_its_size_and_its_pace() -> None:
+    model, engine = recognizer(endpoint=EndpointConfig())
+    session = model.stream()
+    block = np.zeros(RATE, np.float32)
+    sizes, steps = [], []
+    tracemalloc.start()
+    for _ in range(6):
+        before = engine.frames
+        for _ in range(60):
+            session.feed(block)
+        sizes.append(tracemalloc.get_traced_memory()[0])
+        steps.append(engine.frames - before)
+    tracemalloc.stop()
+    assert max(sizes) < 700_000  # bytes; the audio fed is 23 million
+    assert max(steps[1:]) < 1.2 * min(steps[1:])
+
+
+def test_what_is_missing_or_wrong_is_named() -> None:
+    model = Recognizer({"offline": Network(TOKENIZER, MemoryEngine)}, name="model M")
+    assert model.networks == ("offline",)
+    with pytest.raises(ModelError, match=r"the model M has no streaming network \(it has: offline\)"):
+        model.stream()
+    with pytest.raises(ModelError, match="no streaming network"):
+        model.transcribe(EDGE, RATE, network="streaming")
+    with pytest.raises(ConfigError, match="'online'.*offline or streaming"):
+        model.transcribe(EDGE, RATE, network="online")
+    with pytest.raises(ConfigError, match="'bim'"):
+        Recognizer({}, decoding="bim")
+    with pytest.raises(AudioError, match=r"a\.wav.*sample_rate"):
+        model.transcribe("a.wav", RATE)
+    with pytest.raises(AudioError, match="44 Hz"):
+        recognizer()[0].stream(44)
+    damaged = Recognizer({"offline": Network(Tokenizer.characters(["ab"]), MemoryEngine, where="M/offline")})
+    with pytest.raises(ModelError, match=r"M/offline: tokens.txt has 4 tokens, the network 8"):
+        damaged.transcribe(EDGE, RATE)
+
+
+def test_importing_is_light() -> None:
+    program = (
+        "import sys, asr; assert not {'numpy', 'onnxruntime'} & sys.modules.keys(); asr.__version__; asr.load; "
+        "import asr.runtime.onnx; assert not {'torch', 'ray'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

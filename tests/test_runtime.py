@@ -1,0 +1,217 @@
+"""Engines and model folders: two engines with one result, and what a damaged model is told."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_endpoint import RATE, noise, speech
+
+from asr.errors import ConfigError, ModelError
+from asr.recognizer import Recognizer
+from asr.runtime import load_engine
+
+pytest.importorskip("torch", reason="needs the extra [train] to make a network")
+pytest.importorskip("onnx", reason="needs the extra [train] to export a network")
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete model folder with random networks, both graphs each."""
+    import torch
+
+    from asr.config import FeatureConfig, ModelConfig, NetworkConfig
+    from asr.models import Network, save_network
+    from asr.runtime.export import write_graphs
+    from asr.text import Tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(3)
+    for bidirectional in (True, False):
+        config = ModelConfig(
+            bidirectional=bidirectional, channels=(12, 10), hidden=16, layers=2, look_ahead=0 if bidirectional else 3
+        )
+        network = Network(
+            NetworkConfig(format_version=1, features=FeatureConfig(bands=20), model=config),
+            Tokenizer.characters(["abc"]),
+            torch.full((20,), -9.0),
+            torch.full((20,), 4.0),
+        )
+        for parameter in network.parameters():
+            parameter.data += 0.3 * torch.randn_like(parameter)
+        save_network(network.eval(), folder / config.kind)
+        write_graphs(folder / config.kind)
+    return folder
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    return shutil.copytree(tiny_model, tmp_path / "model")
+
+
+CHOICES = [("onnx", "fp32"), ("onnx", "int8"), ("torch", None)]
+
+
+def test_offline_engines_agree_and_rows_do_not_touch_each_other(tiny_model: Path) -> None:
+    batch = [speech(1.3, seed=1), speech(0.5, seed=2), speech(2.0, seed=3)]
+    reference = load_engine(tiny_model / "offline", engine="torch").log_probs(batch)
+    assert [len(r) for r in reference] == [len(b) // 640 for b in batch]
+    engine = load_engine(tiny_model / "offline", precision="fp32")
+    for row, expected, samples in zip(engine.log_probs(batch), reference, batch, strict=True):
+        np.testing.assert_allclose(row, expected, atol=2e-4)
+        np.testing.assert_allclose(row, engine.log_probs([samples])[0], atol=1e-5)
+    assert engine.log_probs([]) == []
+
+
+@pytest.mark.parametrize(("engine", "precision"), CHOICES)
+def test_streaming_engines_give_the_reference_in_any_blocks(
+    tiny_model: Path, engine: str, precision: str | None
+) -> None:
+    import torch
+
+    from asr.models import load_network
+
+    audio = np.stack([speech(2.0, seed=s)[: 640 * 48] for s in (1, 2)])
+    with torch.inference_mode():
+        whole, _ = load_network(tiny_model / "streaming")(torch.from_numpy(audio), torch.tensor([640 * 48] * 2))
+    network = load_engine(tiny_model / "streaming", engine=engine, precision=precision, threads=1)
+    assert network.latency_frames == 3
+    for block in (1, 2, 4, 16, 48):
+        state, parts = network.initial_state(2), []
+        for start in range(0, audio.shape[1], block * 640):
+            before = [part.copy() for part in state]
+            log_probs, following = network.step(audio[:, start : start + block * 640], state)
+            assert log_probs.shape == (2, block, network.vocab_size)
+            for a, b in zip(before, state, strict=True):
+                np.testing.assert_array_equal(a, b)
+            state = following
+            parts.append(log_probs)
+        parts.append(network.step(np.zeros((2, 3 * 640), np.float32), state, flush=True)[0])
+        joined = np.concatenate(parts, axis=1)[:, 3:]
+        if precision == "int8":
+            assert np.abs(joined - whole.numpy()).mean() < 0.1
+        else:
+            np.testing.assert_allclose(joined, whole.numpy(), atol=5e-4)
+
+
+@pytest.mark.parametrize("network", ["offline", "streaming"])
+def test_the_engines_write_the_same_text(tiny_model: Path, network: str) -> None:
+    audio = np.concatenate([speech(2, seed=1), noise(1.2, -60), speech(3, seed=2)])
+    onnx, torch = (
+        Recognizer.load(tiny_model, engine=engine, precision="fp32").transcribe(audio, RATE, network)
+        for engine in ("onnx", "torch")
+    )
+    assert onnx.text == torch.text
+    assert len(onnx.text) > 3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_text_does_not_depend_on_how_live_audio_is_cut(tiny_model: Path, precision: str) -> None:
+    model = Recognizer.load(tiny_model, precision=precision)
+    audio = np.concatenate([speech(2, seed=1), noise(1.2, -60), speech(3, seed=2)])
+    whole = model.transcribe(audio, RATE, network="streaming")
+    session = model.stream()
+    for start in range(0, len(audio), 997):
+        session.feed(audio[start : start + 997])
+    assert session.finish() == whole
+
+
+def test_int8_is_taken_first_and_fp32_where_it_is_alone(model: Path) -> None:
+    audio = [speech(1)]
+
+    def log_probs(precision: str | None) -> np.ndarray:
+        return load_engine(model / "offline", precision=precision).log_probs(audio)[0]
+
+    np.testing.assert_array_equal(log_probs(None), log_probs("int8"))
+    full = log_probs("fp32")
+    assert np.abs(full - log_probs("int8")).max() > 0
+    (model / "offline" / "model.int8.onnx").unlink()
+    np.testing.assert_array_equal(log_probs(None), full)
+
+
+def test_a_missing_precision_is_told_with_the_way_to_make_it(model: Path) -> None:
+    (model / "streaming" / "model.onnx").unlink()
+    with pytest.raises(
+        ModelError, match=r"streaming: model.onnx is missing \(it has int8\); `asr export .* -o DIR --to model`"
+    ):
+        Recognizer.load(model, precision="fp32")
+
+
+@pytest.mark.parametrize("name", ["config.toml", "tokens.txt"])
+def test_an_incomplete_network_is_named(model: Path, name: str) -> None:
+    (model / "offline" / name).unlink()
+    with pytest.raises(ModelError, match=f"offline: {name} is missing"):
+        Recognizer.load(model)
+
+
+def test_damaged_files_are_named(model: Path) -> None:
+    graph = model / "streaming" / "model.int8.onnx"
+    graph.write_bytes(graph.read_bytes()[:2000])
+    with pytest.raises(ModelError, match=r"model.int8.onnx: not a readable graph"):
+        Recognizer.load(model).transcribe(speech(1), RATE, "streaming")
+    (model / "offline" / "weights.safetensors").write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"weights.safetensors"):
+        Recognizer.load(model, engine="torch").transcribe(speech(1), RATE)
+    config = model / "offline" / "config.toml"
+    config.write_text("format_version = ")
+    with pytest.raises(ModelError, match=r"config.toml: not TOML"):
+        Recognizer.load(model)
+
+
+def test_another_version_is_refused(model: Path) -> None:
+    import onnx
+
+    config = model / "offline" / "config.toml"
+    graph = model / "streaming" / "model.onnx"
+    proto = onnx.load(graph)
+    onnx.helper.set_model_props(proto, {"format_version": "7"})
+    onnx.save(proto, graph)
+    with pytest.raises(ModelError, match=r"model.onnx: graph of format version 7, this program reads 1"):
+        load_engine(model / "streaming", precision="fp32")
+    config.write_text(config.read_text().replace("format_version = 1", "format_version = 2"))
+    with pytest.raises(ModelError, match=r"offline: format version 2, this program reads 1"):
+        Recognizer.load(model)
+
+
+def test_what_is_no_model_is_told(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"nowhere: no such model folder"):
+        Recognizer.load(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match=r"whose model is .*model"):
+        Recognizer.load(tmp_path)
+    with pytest.raises(ModelError, match=r"one network of the model"):
+        Recognizer.load(model / "offline")
+    (tmp_path / "file").touch()
+    with pytest.raises(ModelError, match=r"not a folder"):
+        Recognizer.load(tmp_path / "file")
+
+
+def test_an_installation_without_a_model_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("asr.runtime.folder._SHIPPED", tmp_path / "shipped")
+    with pytest.raises(ModelError, match="ships no model; name a model folder"):
+        Recognizer.load()
+
+
+def test_impossible_choices_are_refused(tiny_model: Path) -> None:
+    for wrong in ({"engine": "tensorflow"}, {"precision": "int4"}, {"threads": 0}, {"decoding": "bem"}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            Recognizer.load(tiny_model, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="fp32 only"):
+        Recognizer.load(tiny_model, engine="torch", precision="int8")
+
+
+def test_torch_that_is_not_installed_is_named_with_its_extra(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ModelError, match=r"pip install 'streaming-asr\[train\]'"):
+        load_engine(tiny_model / "offline", engine="torch")
+
+
+def test_recognizing_imports_neither_torch_nor_ray(tiny_model: Path) -> None:
+    program = (
+        "import sys, numpy, asr; r = asr.load(sys.argv[1])\n"
+        "for network in r.networks: r.transcribe(numpy.zeros(16000, 'float32'), 16000, network)\n"
+        "assert not {'torch', 'ray', 'typer', 'fastapi', 'onnx'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tiny_model)], check=True, timeout=120)
