@@ -40,7 +40,7 @@ class Utterance:
         audio: absolute path, or a URL.
         text: as written there; None where the row has none.
         duration: seconds, of this utterance; None where the row does not tell.
-        offset: where in the file it starts, seconds.
+        offset: where in the file it starts, seconds; None: it is the whole file.
         speaker: a label, or None.
         where: "manifest:line".
     """
@@ -49,7 +49,7 @@ class Utterance:
     audio: str
     text: str | None
     duration: float | None = None
-    offset: float = 0.0
+    offset: float | None = None
     speaker: str | None = None
     where: str
 
@@ -120,7 +120,7 @@ def _check(where: str, folder: Path, **fields: Any) -> Utterance:
         audio=audio,
         text=text,
         duration=duration,
-        offset=offset or 0.0,
+        offset=offset,
         speaker=speaker or None,
         where=where,
     )
@@ -160,11 +160,11 @@ def _with_unique_ids(utterances: list[Utterance]) -> list[Utterance]:
     """Add "#offset" where segments share a file, then "~2", "~3" ... to what still repeats."""
     offsets: dict[str, set[float]] = defaultdict(set)
     for utterance in utterances:
-        offsets[utterance.audio].add(utterance.offset)
+        offsets[utterance.audio].add(utterance.offset or 0.0)
     used: set[str] = set()
     unique = []
     for utterance in utterances:
-        segment = f"#{utterance.offset:.3f}" if len(offsets[utterance.audio]) > 1 else ""
+        segment = f"#{utterance.offset or 0.0:.3f}" if len(offsets[utterance.audio]) > 1 else ""
         name = first = utterance.id + segment
         repeat = 1
         while name in used:

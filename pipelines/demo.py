@@ -5,10 +5,8 @@ import json
 import os
 import shutil
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -138,8 +136,7 @@ def train_and_recognize(run: Path) -> None:
     overrides = [f"data.{name}={json.dumps([str(run / name)])}" for name in manifests]
     config = load_config(ROOT / "configs" / "demo.toml", overrides)
     console.print("Ray starts; the first figures come in about half a minute.")
-    with losses_shown(run / "run" / "log.jsonl"):
-        model = train(config, run / "run", workers=2)
+    model = train(config, run / "run", workers=2)
 
     console.rule("4. Evaluated and transcribed")
     recognizer = Recognizer.load(model)
@@ -149,35 +146,6 @@ def train_and_recognize(run: Path) -> None:
         f"A model of ten digits, from minutes of synthetic speech: {os.path.relpath(model)}\n"
         "Your own recordings go the same way: .venv/bin/asr prepare, .venv/bin/asr train"
     )
-
-
-@contextmanager
-def losses_shown(log: Path) -> Iterator[None]:
-    """Follow a run's log in the background, and print each epoch's loss as a bar that grows shorter."""
-    ended = threading.Event()
-
-    def follow() -> None:
-        position, losses, last_pass = 0, [], False
-        while not last_pass:
-            last_pass = ended.wait(0.3)
-            unread = log.read_bytes()[position:] if log.exists() else b""
-            whole_lines = unread[: unread.rfind(b"\n") + 1]
-            position += len(whole_lines)
-            for row in map(json.loads, whole_lines.splitlines()):
-                if row["kind"] == "step":
-                    losses.append(row["loss"])
-                elif row["kind"] == "dev" and losses:
-                    loss, losses = sum(losses) / len(losses), []
-                    figures = f"loss {loss:6.3f}, dev WER {row['wer']:6.1%}"
-                    console.print(f"epoch {row['epoch'] + 1:2}  {figures}  {'█' * round(10 * loss)}")
-
-    follower = threading.Thread(target=follow, daemon=True)
-    follower.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        follower.join()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -191,10 +191,10 @@ class _Work:
         # A declared duration is often rounded; from the start of a file (mostly all of it) a little more is
         # read, so that the last sound stays. Inside a long recording that would be the neighbour's first.
         duration = row.duration
-        if duration is not None and row.offset == 0:
+        if duration is not None and row.offset is None:
             duration += _ROUNDING_SECONDS
         try:
-            return read_audio(row.audio, offset=row.offset, duration=duration)
+            return read_audio(row.audio, offset=row.offset or 0.0, duration=duration)
         except AudioError as error:
             self.problems.append(Problem(row.where, str(error)))
             return None

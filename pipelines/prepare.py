@@ -57,7 +57,6 @@ class _Job:
 
     shard: Path
     rows: tuple[Utterance, ...]
-    segmented: frozenset[str]  # audio files of which the manifest lists several parts
     source: str
     needs_text: bool
     store: str
@@ -75,7 +74,6 @@ class _Job:
         """Changes with the rows, with their files (size, time) and with the settings."""
         rows = [asdict(row) for row in self.rows]
         settings = [VERSION, asdict(FeatureConfig()), self.source, self.needs_text, self.store, self.lexicon]
-        settings.append(sorted(self.segmented))
         told = json.dumps([settings, rows, [_file_state(row.audio) for row in self.rows]])
         return hashlib.sha256(told.encode()).hexdigest()
 
@@ -126,13 +124,11 @@ def prepare(
     for manifest in map(Path, manifests):
         rows, problems = read_manifest(manifest)
         unread += problems
-        segmented = {row.audio for row in rows if row.offset > 0}
         for part in _cut(rows, shard_seconds):
             jobs.append(
                 _Job(
                     shard=out.absolute() / f"shard-{len(jobs):05d}.arrow",
                     rows=part,
-                    segmented=frozenset(segmented.intersection(row.audio for row in part)),
                     source=_source(manifest),
                     needs_text=any(row.text is not None for row in rows),
                     store=store,
@@ -300,8 +296,8 @@ def _prepare_row(utterance: Utterance, job: _Job) -> tuple[dict, np.ndarray]:
     if job.needs_text and not text:
         raise ManifestError(f"no word in the text {utterance.text or ''!r}")
     # a whole file is read to its end, to notice one that is longer than told
-    duration = utterance.duration if utterance.audio in job.segmented else None
-    samples = read_audio(utterance.audio, offset=utterance.offset, duration=duration)
+    duration = utterance.duration if utterance.offset is not None else None
+    samples = read_audio(utterance.audio, offset=utterance.offset or 0.0, duration=duration)
     seconds = len(samples) / SAMPLE_RATE
     if seconds < SHORTEST_SECONDS:
         raise AudioError(f"{utterance.audio}: {seconds:.3f} s of audio, less than {SHORTEST_SECONDS} s")

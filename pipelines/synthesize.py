@@ -173,6 +173,7 @@ class Speaker:
         self._library.espeak_SetParameter(_PITCH, pitch, 0)
         self._library.espeak_SetParameter(_GAP, gap, 0)
         self._blocks.clear()
+        self._library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # breath is noise, seeded by the clock at the start
         spoken = text.encode() + b"\0"
         self._library.espeak_Synth(spoken, len(spoken), 0, 0, 0, _UTF8, None, None)
         samples = np.concatenate([np.zeros(0, np.int16), *self._blocks]).astype(np.float32) / 32768

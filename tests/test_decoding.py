@@ -60,7 +60,7 @@ def test_a_copy_goes_its_own_way() -> None:
 
 
 def test_an_unknown_decoding_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'bem'.*greedy"):
+    with pytest.raises(ConfigError, match=r"'bem'.*greedy"):
         make_decoder("bem")
 
 

@@ -292,7 +292,7 @@ def test_what_is_missing_or_wrong_is_named() -> None:
         model.stream()
     with pytest.raises(ModelError, match="no streaming network"):
         model.transcribe(EDGE, RATE, network="streaming")
-    with pytest.raises(ConfigError, match="'online'.*offline or streaming"):
+    with pytest.raises(ConfigError, match=r"'online'.*offline or streaming"):
         model.transcribe(EDGE, RATE, network="online")
     with pytest.raises(ConfigError, match="'bim'"):
         Recognizer({}, decoding="bim")

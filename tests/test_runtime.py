@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from test_endpoint import RATE, noise, speech
 
 from asr.errors import ConfigError, ModelError
 from asr.recognizer import Recognizer
-from asr.runtime import load_engine
+from asr.runtime import load_engine as _load_engine
 
 pytest.importorskip("torch", reason="needs the extra [train] to make a network")
 pytest.importorskip("onnx", reason="needs the extra [train] to export a network")
@@ -44,6 +45,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_network(network.eval(), folder / config.kind)
         write_graphs(folder / config.kind)
     return folder
+
+
+def load_engine(network_dir: Path, **chosen: Any) -> Any:
+    """An engine of either kind."""
+    return _load_engine(network_dir, **chosen)
 
 
 @pytest.fixture
@@ -134,9 +140,7 @@ def test_int8_is_taken_first_and_fp32_where_it_is_alone(model: Path) -> None:
 
 def test_a_missing_precision_is_told_with_the_way_to_make_it(model: Path) -> None:
     (model / "streaming" / "model.onnx").unlink()
-    with pytest.raises(
-        ModelError, match=r"streaming: model.onnx is missing \(it has int8\); `asr export .* -o DIR --to model`"
-    ):
+    with pytest.raises(ModelError, match=r"model.onnx is missing \(it has int8\); `asr export .* -o DIR --to model`"):
         Recognizer.load(model, precision="fp32")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import time
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,17 @@ def test_the_same_call_gives_the_same_bytes(tmp_path: Path) -> None:
     synthesize(lines, tmp_path / "c", seed=4)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
     assert files_of(tmp_path / "a") != files_of(tmp_path / "c")
+
+
+def test_breath_is_the_same_noise_at_any_time() -> None:
+    """espeak-ng seeds the noise of a breathy voice from the clock, in whole seconds."""
+
+    def breathe() -> np.ndarray:
+        return Speaker().speak("seven two nine", "en-us+f5")
+
+    first = breathe()
+    time.sleep(1.1)
+    np.testing.assert_array_equal(breathe(), first)
 
 
 def test_rate_and_pitch_are_heard() -> None:

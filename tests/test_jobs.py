@@ -1,0 +1,74 @@
+"""Whole jobs, as a user runs them: recordings -> prepared data -> a trained model -> text."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from asr.metrics import count_errors
+from asr.recognizer import Recognizer
+from pipelines.prepare import prepare
+from pipelines.train import train
+from test_training import losses, tone_config
+
+KANA = {"か": 250.0, "き": 700.0, "く": 1_600.0, "け": 3_000.0}
+
+
+def kana_recordings(folder: Path, rows: int, seed: int) -> Path:
+    """Recordings in which each kana is a pitch, with a manifest."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    lines = []
+    for i in range(rows):
+        words = ["".join(rng.choice(list(KANA), 2)) for _ in range(rng.integers(1, 3))]
+        pieces = [np.zeros(800)]
+        for word in words:
+            for kana in word:
+                time = np.arange(4_000) / 16_000
+                pieces += [0.3 * np.sin(2 * np.pi * KANA[kana] * time) * np.hanning(4_000), np.zeros(400)]
+            pieces.append(np.zeros(3_000))
+        audio = np.concatenate(pieces)
+        soundfile.write(folder / f"録音 {i}.wav", audio + 0.002 * rng.standard_normal(len(audio)), 16_000)
+        lines.append({"audio_filepath": f"録音 {i}.wav", "text": " ".join(words), "duration": len(audio) / 16_000})
+    manifest = folder / "manifest.jsonl"
+    manifest.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8")
+    return manifest
+
+
+def test_kana_are_learnt_decoded_and_scored(tmp_path: Path) -> None:
+    prepare([kana_recordings(tmp_path / "train", 60, 0)], tmp_path / "data", workers=0)
+    manifest = kana_recordings(tmp_path / "test", 10, 1)
+    config = tone_config(tmp_path / "data", epochs=25, learning_rate=1e-2, batch_seconds=6.0)
+    config = dataclasses.replace(
+        config,
+        features=dataclasses.replace(config.features, bands=80),
+        model=dataclasses.replace(config.model, hidden=32, phone_layer=0),
+    )
+    model = train(config, tmp_path / "run", workers=0)
+    recognizer = Recognizer.load(model)
+    rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
+    errors = characters = 0
+    for row in rows:
+        text = recognizer.transcribe(tmp_path / "test" / row["audio_filepath"]).text
+        counts = count_errors(row["text"], text)
+        errors, characters = errors + counts.character_errors, characters + counts.characters
+    assert errors / characters < 0.15
+
+
+@pytest.mark.timeout(240)
+def test_two_ray_workers_train_what_one_process_trains(tmp_path: Path) -> None:
+    """The same global batches and masks: losses agree to 1 %, and the model folder is complete."""
+    prepare([kana_recordings(tmp_path / "train", 30, 0)], tmp_path / "data", workers=0)
+    config = tone_config(tmp_path / "data", epochs=2)
+    config = dataclasses.replace(config, features=dataclasses.replace(config.features, bands=80))
+    train(config, tmp_path / "one", workers=0)
+    model = train(config, tmp_path / "two", workers=2)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert all(abs(one[s] - two[s]) <= 0.01 * one[s] for s in one), (one, two)
+    assert {p.name for p in (model / "offline").iterdir()} >= {
+        "config.toml", "tokens.txt", "weights.safetensors", "model.onnx", "model.int8.onnx",
+    }  # fmt: skip
