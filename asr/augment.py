@@ -71,7 +71,8 @@ def augment_audio(
     if response is not None or limit is not None:
         audio = filter_audio(audio, response, limit)
     if noise is not None:
-        audio = add_noise(audio, noise, float(rng.uniform(*config.noise_snr_db)))
+        low, high = config.noise_snr_db
+        audio = add_noise(audio, noise, float(rng.uniform(low, high)))
     gain = 10 ** (rng.uniform(-config.gain_db, config.gain_db) / 20)
     return (audio * gain).clamp(-1.0, 1.0)
 

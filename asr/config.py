@@ -12,6 +12,8 @@ from asr.errors import ConfigError
 
 T = TypeVar("T")
 
+CELLS = ("lstm", "lstm-peephole", "lstm-coupled", "lstm-projection", "lstm-layernorm", "lstm-1997", "gru", "rnn")
+
 
 def _check(good: bool, name: str, value: object, allowed: str) -> None:
     if not good:
@@ -50,6 +52,9 @@ class ModelConfig:
     look_ahead: int = 0
     dropout: float = 0.15
     phone_layer: int = 0
+    cell: str = "lstm"  # of the recurrent layers; equations in asr.nn.cells
+    residual: bool = False  # add each recurrent layer's input to its output, where both are of one size
+    attention: int = 0  # frames of the past that self-attention after the recurrent layers sees (both ways offline)
 
     def __post_init__(self) -> None:
         _check(len(self.channels) > 0, "model.channels", self.channels, "a list of at least one width")
@@ -67,6 +72,12 @@ class ModelConfig:
             "0 in a bidirectional network, which sees everything ahead",
         )  # fmt: skip
         _check(0 <= self.phone_layer <= self.layers, "model.phone_layer", self.phone_layer, "0 (none) to model.layers")
+        _check(self.cell in CELLS, "model.cell", self.cell, f"one of {', '.join(CELLS)}")
+        _check(
+            self.cell != "lstm-projection" or self.hidden >= 2, "model.hidden", self.hidden,
+            "at least 2 with lstm-projection, whose output has half as many",
+        )  # fmt: skip
+        _check(0 <= self.attention <= 1000, "model.attention", self.attention, "0 (none) to 1000 frames")
 
     @property
     def kind(self) -> str:
@@ -113,6 +124,7 @@ class AugmentConfig:
         )
         for name in ("noise_probability", "reverberation_probability", "low_pass_probability"):
             _check(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "0 to 1")
+        _check(len(self.noise_snr_db) == 2, "augment.noise_snr_db", self.noise_snr_db, "[lowest, highest]")
         _check(
             self.noise_probability == 0 or self.noise != "", "augment.noise", self.noise,
             "a prepared folder where augment.noise_probability is above 0",

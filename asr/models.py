@@ -12,6 +12,7 @@ from asr.config import NetworkConfig, from_dict, read_toml, to_toml
 from asr.errors import ModelError
 from asr.features import LogMel
 from asr.nn import LSTM, BiLSTM, Chain, LookAhead, Normalise, State, StreamingLayer, StridedConvolution
+from asr.nn.cells import SelfAttention, stacked
 from asr.nn.layer import valid
 from asr.text import Tokenizer
 
@@ -64,8 +65,18 @@ class Network(Chain):
             size = channels
         self.first_recurrent = len(layers)
         for _ in range(model.layers):
-            layers.append((BiLSTM if model.bidirectional else LSTM)(size, model.hidden, model.dropout))
-            size = model.hidden * (2 if model.bidirectional else 1)
+            if model.cell == "lstm" and not model.residual:
+                layers.append((BiLSTM if model.bidirectional else LSTM)(size, model.hidden, model.dropout))
+                size = model.hidden * (2 if model.bidirectional else 1)
+            else:
+                layer = stacked(
+                    model.cell, size, model.hidden,
+                    bidirectional=model.bidirectional, dropout=model.dropout, residual=model.residual,
+                )  # fmt: skip
+                layers.append(layer)
+                size = layer.output_size
+        if model.attention:
+            layers.append(SelfAttention(size, model.attention, both=model.bidirectional))
         if model.look_ahead:
             layers.append(LookAhead(size, model.look_ahead))
         layers.append(Output(size, len(tokenizer)))

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from asr.audio import EDGE_SILENCE_SECONDS, SAMPLE_RATE, Resampler, audio_blocks, to_float
-from asr.decoding import TokenSpan, Word, make_decoder, words_from_tokens
+from asr.decoding import Decoder, Hypothesis, TokenSpan, Word, words_from_tokens
+from asr.decoding.beam import BeamConfig, BeamSearch
+from asr.decoding.greedy import GreedyDecoder
 from asr.endpoint import EndpointConfig, Endpointer
 from asr.errors import AsrError, AudioError, ConfigError, ModelError
 from asr.runtime import OfflineEngine, StreamingEngine, check_choice, load_engine
-from asr.runtime.folder import NETWORKS, find_graph, find_networks
+from asr.runtime.folder import NETWORKS, find_graph, find_language_model, find_networks
 from asr.runtime.reader import SegmentReader
 from asr.text import Tokenizer
 
@@ -24,13 +26,25 @@ _GATHER_SAMPLES = 300 * SAMPLE_RATE  # a long file's segments wait for so much a
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Alternative:
+    """What a segment may also say; scores (natural log) compare within one segment."""
+
+    text: str
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
-    """A stretch of a recording with words in it; `start` and `end` in seconds."""
+    """A stretch of a recording with words in it; `start` and `end` in seconds.
+
+    `alternatives` are the N best texts where more than one was asked for, this one first.
+    """
 
     text: str
     start: float
     end: float
     words: tuple[Word, ...]
+    alternatives: tuple[Alternative, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,24 +70,18 @@ class Recognizer:
 
     Args:
         networks: by name, "offline" or "streaming" or both.
-        decoding: "greedy".
         endpoint: where audio is cut into segments; None leaves it uncut, however long.
         name: of the model, for messages.
-
-    Raises:
-        ConfigError: no such decoding.
     """
 
     def __init__(
         self,
         networks: "dict[str, Network]",
         *,
-        decoding: str = "greedy",
         endpoint: EndpointConfig | None = EndpointConfig(),  # noqa: B008 (frozen)
         name: str = "model",
     ) -> None:
-        make_decoder(decoding)
-        self._networks, self._decoding, self._endpoint, self._name = networks, decoding, endpoint, name
+        self._networks, self._endpoint, self._name = networks, endpoint, name
 
     @classmethod
     def load(
@@ -84,6 +92,10 @@ class Recognizer:
         precision: str | None = None,
         threads: int = 1,
         decoding: str = "greedy",
+        beam: int | None = None,
+        lm_weight: float | None = None,
+        word_score: float | None = None,
+        nbest: int | None = None,
         endpoint: EndpointConfig | None = EndpointConfig(),  # noqa: B008 (frozen)
     ) -> "Recognizer":
         """Open a model folder; its networks are read when first used.
@@ -93,25 +105,31 @@ class Recognizer:
             engine: "onnx" or "torch".
             precision: "fp32" or "int8"; None: with onnx int8 where the model has it, with torch fp32.
             threads: for the arithmetic of one network.
-            decoding: "greedy".
+            decoding: "greedy", or "beam": with the language model in the folder's lm/.
+            beam, lm_weight, word_score, nbest: of the beam search, see asr.decoding.beam.BeamConfig.
             endpoint: where audio is cut into segments; None leaves it uncut, however long.
 
         Raises:
-            ModelError: the folder is missing, incomplete or of another version.
+            ModelError: the folder is missing, incomplete or of another version, or has no language model.
             ConfigError: an argument that is not allowed.
         """
         check_choice(engine=engine, precision=precision, threads=threads)
+        folders = find_networks(path)
+        settings = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score, "nbest": nbest}
+        open_search = _search_opener(path, decoding, {k: v for k, v in settings.items() if v is not None})
         networks = {}
-        for name, folder in find_networks(path).items():
+        for name, folder in folders.items():
             if engine == "onnx":
                 find_graph(folder, precision)
+            tokenizer = Tokenizer.load(folder / "tokens.txt")
             networks[name] = Network(
-                Tokenizer.load(folder / "tokens.txt"),
+                tokenizer,
                 lambda folder=folder: load_engine(folder, engine=engine, precision=precision, threads=threads),
+                open_search=lambda tokens=tokenizer.tokens: open_search(tokens),
                 where=str(folder),
             )
         shown = "shipped model" if path is None else f"model {path}"
-        return cls(networks, decoding=decoding, endpoint=endpoint, name=shown)
+        return cls(networks, endpoint=endpoint, name=shown)
 
     @property
     def networks(self) -> tuple[str, ...]:
@@ -140,7 +158,7 @@ class Recognizer:
             blocks, rate = iter([audio]), SAMPLE_RATE if sample_rate is None else sample_rate
         chosen = self._network(network)
         if network == "streaming":
-            session = Session(chosen, self._decoding, self._endpoint, rate)
+            session = Session(chosen, self._endpoint, rate)
             for block in blocks:
                 session.feed(block)
             return session.finish()
@@ -158,15 +176,15 @@ class Recognizer:
         if network == "streaming":
             transcripts = []
             for samples in audios:
-                session = Session(chosen, self._decoding, None, SAMPLE_RATE)
+                session = Session(chosen, None, SAMPLE_RATE)
                 session.feed(samples)
                 transcripts.append(session.finish())
             return transcripts
-        spans = self._read(chosen.engine, audios)
+        hypotheses = self._read(chosen, audios)
         durations = [len(samples) / SAMPLE_RATE for samples in audios]
         return [
             _transcript([chosen.segment(found, 0.0, duration)], duration)
-            for found, duration in zip(spans, durations, strict=True)
+            for found, duration in zip(hypotheses, durations, strict=True)
         ]
 
     def stream(self, sample_rate: int = SAMPLE_RATE) -> "Session":
@@ -176,7 +194,7 @@ class Recognizer:
             AudioError: a rate outside 8 to 192 kHz.
             ModelError: the model has no streaming network.
         """
-        return Session(self._network("streaming"), self._decoding, self._endpoint, sample_rate)
+        return Session(self._network("streaming"), self._endpoint, sample_rate)
 
     def _network(self, name: str) -> "Network":
         if name not in NETWORKS:
@@ -191,8 +209,8 @@ class Recognizer:
         waiting: list[tuple[int, np.ndarray]] = []
 
         def read_waiting() -> None:
-            spans = self._read(network.engine, [samples for _, samples in waiting])
-            for (start, samples), found in zip(waiting, spans, strict=True):
+            hypotheses = self._read(network, [samples for _, samples in waiting])
+            for (start, samples), found in zip(waiting, hypotheses, strict=True):
                 segments.append(network.segment(found, *clock.seconds(start, start + len(samples))))
             waiting.clear()
 
@@ -203,20 +221,20 @@ class Recognizer:
         read_waiting()
         return _transcript(segments, clock.duration)
 
-    def _read(self, engine: OfflineEngine, audios: Sequence[np.ndarray]) -> list[list[TokenSpan]]:
-        """The tokens of each utterance; those of like length are read together."""
+    def _read(self, network: "Network", audios: Sequence[np.ndarray]) -> list[list[Hypothesis]]:
+        """What each utterance may say; those of like length are read together."""
         order = sorted(range(len(audios)), key=lambda i: len(audios[i]))
-        spans: list[list[TokenSpan]] = [[] for _ in audios]
+        hypotheses: list[list[Hypothesis]] = [[] for _ in audios]
         while order:
             longest = len(audios[order[-1]]) + 2 * len(_EDGE)
             rows = max(1, min(_BATCH_ROWS, _BATCH_SAMPLES // longest))
             chosen, order = order[-rows:], order[:-rows]
             padded = [np.concatenate([_EDGE, audios[i], _EDGE]) for i in chosen]
-            for i, log_probs in zip(chosen, engine.log_probs(padded), strict=True):
-                decoder = make_decoder(self._decoding)
+            for i, log_probs in zip(chosen, network.engine.log_probs(padded), strict=True):
+                decoder = network.decoder()
                 decoder.accept(log_probs)
-                spans[i] = decoder.tokens()
-        return spans
+                hypotheses[i] = decoder.finish()
+        return hypotheses
 
 
 class Session:
@@ -226,9 +244,9 @@ class Session:
     writes for 250 ms of silence, the segment, and 250 ms of silence, read in blocks of one size.
     """
 
-    def __init__(self, network: "Network", decoding: str, endpoint: EndpointConfig | None, sample_rate: int) -> None:
+    def __init__(self, network: "Network", endpoint: EndpointConfig | None, sample_rate: int) -> None:
         self._clock = _Clock(sample_rate)
-        self._network, self._decoding = network, decoding
+        self._network = network
         self._endpointer = None if endpoint is None else Endpointer(endpoint)
         self._start = 0  # of the open segment, in samples at 16 kHz
         self._open = self._new_reader()
@@ -279,7 +297,7 @@ class Session:
 
     def _new_reader(self) -> "SegmentReader":
         lookback = self._endpointer.lookback if self._endpointer else 0
-        return SegmentReader(self._network.engine, make_decoder(self._decoding), lookback)
+        return SegmentReader(self._network.engine, self._network.decoder(), lookback)
 
 
 class Network:
@@ -288,6 +306,7 @@ class Network:
     Args:
         tokenizer: the vocabulary.
         open_engine: called at first use.
+        open_search: called at first use: gives what makes a decoder for each segment.
         where: the network's folder, for messages.
     """
 
@@ -296,10 +315,11 @@ class Network:
         tokenizer: Tokenizer,
         open_engine: Callable[[], OfflineEngine | StreamingEngine],
         *,
+        open_search: Callable[[], Callable[[], Decoder]] = lambda: GreedyDecoder,
         where: str = "network",
     ) -> None:
         self.tokens = tokenizer.tokens
-        self._open_engine, self._where = open_engine, where
+        self._open_engine, self._open_search, self._where = open_engine, open_search, where
 
     @cached_property
     def engine(self) -> Any:
@@ -316,17 +336,55 @@ class Network:
             )
         return engine
 
+    @cached_property
+    def decoder(self) -> Callable[[], Decoder]:
+        """Makes a decoder for one segment.
+
+        Raises:
+            ModelError: the language model cannot be read.
+        """
+        return self._open_search()
+
     def text(self, spans: Iterable[TokenSpan]) -> str:
         """The text of tokens."""
         return " ".join("".join(self.tokens[span.token] for span in spans).split())
 
-    def segment(self, spans: Iterable[TokenSpan], start: float, end: float) -> Segment | None:
-        """The segment [start, end), in seconds, with these tokens; None where they spell nothing."""
+    def segment(self, hypotheses: Sequence[Hypothesis], start: float, end: float) -> Segment | None:
+        """The segment [start, end), in seconds, that says the first of these; None where that is nothing."""
         frame = self.engine.samples_per_frame / SAMPLE_RATE
-        words = words_from_tokens(spans, self.tokens, start=start, end=end, frame=frame, edge=EDGE_SILENCE_SECONDS)
+        words = words_from_tokens(
+            hypotheses[0].tokens, self.tokens, start=start, end=end, frame=frame, edge=EDGE_SILENCE_SECONDS
+        )
         if not words:
             return None
-        return Segment(text=" ".join(word.text for word in words), start=start, end=end, words=tuple(words))
+        texts = [Alternative(text=self.text(h.tokens), score=h.score) for h in hypotheses]
+        return Segment(
+            text=" ".join(word.text for word in words),
+            start=start,
+            end=end,
+            words=tuple(words),
+            alternatives=tuple(texts) if len(texts) > 1 else (),
+        )
+
+
+def _search_opener(
+    path: str | Path | None, decoding: str, settings: dict[str, Any]
+) -> Callable[[Sequence[str]], Callable[[], Decoder]]:
+    """How to open a search for a vocabulary; what it needs is looked for now.
+
+    Raises:
+        ConfigError: no such decoding, or settings that it does not have.
+        ModelError: the model has no language model.
+    """
+    if decoding == "greedy":
+        for name, value in settings.items():
+            raise ConfigError(f"{name} = {value!r}: only with decoding = 'beam'")
+        return lambda tokens: GreedyDecoder
+    if decoding != "beam":
+        raise ConfigError(f"decoding = {decoding!r}: must be greedy or beam")
+    config = BeamConfig(**settings)
+    model, words = find_language_model(path)
+    return lambda tokens: BeamSearch(model, words.read_text(encoding="utf-8").split(), tokens, config)
 
 
 class _Clock:

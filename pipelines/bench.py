@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from asr.features import LogMel
 from asr.models import Network, load_network
 from asr.nn import BiLSTM
 from asr.recognizer import Recognizer
-from asr.runtime import load_engine
+from asr.runtime import StreamingEngine, load_engine
 from asr.runtime.folder import find_networks
 from asr.training.data import Batch
 from asr.training.step import Losses, choose_precision
@@ -180,7 +180,7 @@ def _one_stream(folder: Path, speech: list[np.ndarray], rounds: int, threads: in
     samples = samples[: len(samples) // 2_560 * 2_560]
     frames = len(samples) // network.stride
     recognizer = Recognizer.load(folder.parent, threads=threads, endpoint=None)
-    engine = load_engine(folder, threads=threads)
+    engine = cast(StreamingEngine, load_engine(folder, threads=threads))
     block = _BLOCK_FRAMES * network.stride
 
     def session() -> None:

@@ -22,9 +22,10 @@ Recognize with the model that comes along:
 
 Train a model on recordings of your own:
   asr prepare train.jsonl --out prepared/train --workers 2
-  asr train configs/streaming.toml --workers 2 --out runs/mine
+  asr train configs/english_streaming.toml --workers 2 --out runs/mine
   asr evaluate --model runs/mine/model test.jsonl --streaming
   asr export runs/mine -o mymodel
+  asr train-lm text.txt --out mymodel  [dim]# then: --decoding beam[/dim]
 
 [bold]Exit status[/bold]  0 all well, 1 something failed (named on stderr), 2 wrong usage, 130 interrupted.
 """
@@ -60,7 +61,20 @@ StreamingOption = Annotated[
     bool,
     typer.Option("--streaming", help="Use the streaming network instead of the offline one.", rich_help_panel=_HOW),
 ]
-DecodingOption = Annotated[Decoding, typer.Option(help="How text is found.", rich_help_panel=_HOW)]
+DecodingOption = Annotated[
+    Decoding,
+    typer.Option(help="greedy, or beam: with the language model of the model folder.", rich_help_panel=_HOW),
+]
+_BEAM = "How to search with --decoding beam"
+BeamOption = Annotated[
+    int | None, typer.Option(min=1, help="Hypotheses to keep; more find more, slower.", rich_help_panel=_BEAM)
+]
+LmWeightOption = Annotated[
+    float | None, typer.Option(min=0, help="Weight of the language model.", rich_help_panel=_BEAM)
+]
+WordScoreOption = Annotated[
+    float | None, typer.Option(help="Added for each word; more of it, more words.", rich_help_panel=_BEAM)
+]
 EngineOption = Annotated[Engine, typer.Option(help="ONNX Runtime, or PyTorch (extra \\[train]).", rich_help_panel=_HOW)]
 PrecisionOption = Annotated[
     Precision | None,
@@ -71,13 +85,22 @@ AddressOption = Annotated[str | None, typer.Option(help="A running Ray cluster, 
 
 
 def _recognizer_options(
-    model: Path | None, decoding: Decoding, engine: Engine, precision: Precision | None, threads: int
+    model: Path | None,
+    decoding: Decoding,
+    engine: Engine,
+    precision: Precision | None,
+    threads: int,
+    **search: float | None,
 ) -> Any:
-    if decoding == "beam":
-        raise typer.BadParameter("--decoding beam comes with the language model, later; use greedy")
+    given = {name: value for name, value in search.items() if value is not None}
+    if given and decoding != "beam":
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise typer.BadParameter(f"{named}: only with --decoding beam")
     from pipelines.transcribe import RecognizerOptions
 
-    return RecognizerOptions(model=model, engine=engine, precision=precision, threads=threads, decoding=decoding)
+    return RecognizerOptions(
+        model=model, engine=engine, precision=precision, threads=threads, decoding=decoding, search=given
+    )
 
 
 @app.callback(invoke_without_command=True)
@@ -110,6 +133,13 @@ def transcribe(
     model: ModelOption = None,
     streaming: StreamingOption = False,
     decoding: DecodingOption = "greedy",
+    beam: BeamOption = None,
+    lm_weight: LmWeightOption = None,
+    word_score: WordScoreOption = None,
+    nbest: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --format json: so many alternatives of each segment.", rich_help_panel=_BEAM),
+    ] = None,
     engine: EngineOption = "onnx",
     precision: PrecisionOption = None,
     threads: ThreadsOption = 1,
@@ -127,7 +157,10 @@ def transcribe(
     json has the shape of openai/whisper's result, srt and vtt are subtitles, ctm
     is NIST's list of words with their times.
     """
-    options = _recognizer_options(model, decoding, engine, precision, threads)
+    search = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score, "nbest": nbest}
+    options = _recognizer_options(model, decoding, engine, precision, threads, **search)
+    if nbest is not None and format != "json":
+        raise typer.BadParameter("--nbest: alternatives are written with --format json")
     from pipelines.formats import JOINABLE
     from pipelines.transcribe import transcribe as run
 
@@ -172,6 +205,9 @@ def stream(
     list_devices: Annotated[bool, typer.Option("--list-devices", help="Show the microphones and exit.")] = False,
     model: ModelOption = None,
     decoding: DecodingOption = "greedy",
+    beam: BeamOption = None,
+    lm_weight: LmWeightOption = None,
+    word_score: WordScoreOption = None,
     engine: EngineOption = "onnx",
     precision: PrecisionOption = None,
     threads: ThreadsOption = 1,
@@ -192,7 +228,8 @@ def stream(
         raise typer.BadParameter("--realtime is for a recording; a microphone always is")
     if audio is not None and device is not None:
         raise typer.BadParameter("--device is for the microphone; leave out the recording")
-    options = _recognizer_options(model, decoding, engine, precision, threads)
+    search = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score}
+    options = _recognizer_options(model, decoding, engine, precision, threads, **search)
     if audio is not None:
         source = FileSource(audio, realtime=realtime)
     else:
@@ -218,6 +255,9 @@ def evaluate(
     model: ModelOption = None,
     streaming: StreamingOption = False,
     decoding: DecodingOption = "greedy",
+    beam: BeamOption = None,
+    lm_weight: LmWeightOption = None,
+    word_score: WordScoreOption = None,
     engine: EngineOption = "onnx",
     precision: PrecisionOption = None,
     threads: ThreadsOption = 1,
@@ -229,7 +269,8 @@ def evaluate(
     comes. Rows that cannot be read are named, and their words count as deletions.
     The real-time factor is the time from file to text, loading the model aside.
     """
-    options = _recognizer_options(model, decoding, engine, precision, threads)
+    search = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score}
+    options = _recognizer_options(model, decoding, engine, precision, threads, **search)
     from pipelines.evaluate import evaluate as run
     from pipelines.evaluate import report, table
     from pipelines.formats import write_text
@@ -344,6 +385,46 @@ def train(
         load_config(config, set_values or []), out or Path("runs") / config.stem, workers=workers, address=address
     )
     print(f"{made}: try it with  asr transcribe --model {made} AUDIO")
+
+
+@app.command("train-lm", rich_help_panel=TRAIN)
+def train_lm(
+    texts: Annotated[list[Path], typer.Argument(metavar="TEXT", help="UTF-8, a sentence a line; also .gz and .xz.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; a model's, to give it to that model.")],
+    order: Annotated[int, typer.Option(min=2, max=5, help="Words to an n-gram.")] = 3,
+    prune: Annotated[
+        float, typer.Option(min=0, help="Drop n-grams that change the perplexity by a lower share; 0 keeps all.")
+    ] = 1e-7,
+    vocabulary: Annotated[int | None, typer.Option(min=1, help="Keep so many words, the most frequent ones.")] = None,
+    min_count: Annotated[int, typer.Option(min=1, help="Keep words that occur so often.")] = 3,
+    lexicon: Annotated[
+        Literal["cmudict", "none"],
+        typer.Option(help="Add the words of an English dictionary, however rare."),
+    ] = "none",
+) -> None:
+    """Make a language model from text, for --decoding beam: word n-grams, modified Kneser-Ney, pruned.
+
+    Writes OUT/lm. The text is normalised as transcripts are; every 200th line is
+    kept back, to measure the perplexity. Needs about 500 MB of memory and half a
+    minute for each ten million words.
+    """
+    from pipelines.train_lm import train_lm as run
+
+    made = run(
+        texts,
+        out,
+        order=order,
+        threshold=prune,
+        vocabulary=vocabulary,
+        min_count=min_count,
+        lexicon=None if lexicon == "none" else lexicon,
+    )
+    ngrams = " + ".join(f"{n:,}" for n in made.ngrams)
+    print(
+        f"{made.folder}: {made.words:,} words, {ngrams} n-grams, {made.megabytes:.1f} MB, "
+        f"perplexity {made.perplexity.value:.1f} on {made.perplexity.words:,} words kept back "
+        f"({made.perplexity.unknown:,} more are unknown)"
+    )
 
 
 @app.command(rich_help_panel=TRAIN)

@@ -87,10 +87,18 @@ def whisper_result(transcript: "Transcript") -> dict[str, Any]:
                 }
                 for word in segment.words
             ],
+            **_alternatives(segment),
         }
         for number, segment in enumerate(transcript.segments)
     ]
     return {"text": transcript.text, "segments": segments, "language": None}
+
+
+def _alternatives(segment: "Segment") -> dict[str, Any]:
+    """What Whisper's result does not have: only where alternatives were asked for."""
+    if not segment.alternatives:
+        return {}
+    return {"alternatives": [{"text": f" {other.text}", "score": other.score} for other in segment.alternatives]}
 
 
 def write_text(path: Path, text: str) -> None:

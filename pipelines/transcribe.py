@@ -2,10 +2,10 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from asr.errors import AsrError, AudioError, Problem
 from pipelines.formats import render, render_among_many, write_text
@@ -43,6 +43,7 @@ class RecognizerOptions:
     precision: str | None = None  # what the model has, int8 first
     threads: int = 1
     decoding: str = "greedy"
+    search: Mapping[str, float] = field(default_factory=dict)  # of the beam search: beam, lm_weight, ...
 
     def load(self, *, endpoint: bool = True) -> "Recognizer":
         """Load the model; `endpoint=False` leaves audio uncut, however long.
@@ -52,11 +53,12 @@ class RecognizerOptions:
         """
         from asr.recognizer import Recognizer
 
-        chosen = {
+        chosen: dict[str, Any] = {
             "engine": self.engine,
             "precision": self.precision,
             "threads": self.threads,
             "decoding": self.decoding,
+            **self.search,
         }
         if not endpoint:
             chosen["endpoint"] = None

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from asr.errors import ConfigError, Problem
+from asr.errors import ConfigError
+from asr.runtime.folder import Problem, shipped_model
 from pipelines.cli import main
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("transcribe", "stream", "evaluate", "prepare", "train", "export")
+COMMANDS = ("transcribe", "stream", "evaluate", "prepare", "train", "train-lm", "export")
 
 
 def run(*arguments: object) -> int:
@@ -72,7 +73,9 @@ def test_recognizing_commands_load_nothing_of_training() -> None:
         ("transcribe",),
         ("sing",),
         ("transcribe", "a.wav", "--format", "doc"),
-        ("transcribe", "a.wav", "--decoding", "beam"),
+        ("transcribe", "a.wav", "--beam", "9"),
+        ("stream", "a.wav", "--lm-weight", "0.5"),
+        ("transcribe", "a.wav", "--decoding", "beam", "--nbest", "3"),
         ("transcribe", "a.wav", "--threads", "0"),
         ("stream", "--realtime"),
         ("stream", "a.wav", "--device", "1"),
@@ -83,9 +86,15 @@ def test_wrong_usage_is_status_2(arguments: tuple[str, ...]) -> None:
     assert run(*arguments) == 2
 
 
-def test_beam_says_when_it_comes(capsys: pytest.CaptureFixture[str]) -> None:
-    run("evaluate", "m.jsonl", "--decoding", "beam")
-    assert "language model" in capsys.readouterr().err
+def test_settings_of_the_beam_search_are_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    stand_in(
+        monkeypatch, "pipelines.transcribe", transcribe=lambda *a, **_: seen.append(a[1]) or [], RecognizerOptions=dict
+    )
+    chosen = ("--beam", 9, "--lm-weight", 0.5, "--word-score", -1, "--nbest", 3)
+    assert run("transcribe", "a.wav", "-f", "json", "--decoding", "beam", *chosen) == 0
+    assert seen[0]["decoding"] == "beam"
+    assert seen[0]["search"] == {"beam": 9, "lm_weight": 0.5, "word_score": -1.0, "nbest": 3}
 
 
 @pytest.mark.parametrize("command", ["transcribe", "stream", "evaluate"])
@@ -147,20 +156,23 @@ def test_train_names_a_missing_config(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def test_export_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    stand_in(monkeypatch, "asr.runtime.export", export_model=lambda *arguments: seen.append(arguments))
+    stand_in(monkeypatch, "asr.runtime.export", export_model=lambda *args, small: seen.append((*args, small)))
     assert run("export", "runs/a", "runs/b", "-o", "m", "--to", "onnx-int8") == 0
-    assert run("export", "-o", "m") == 0
-    assert seen == [([Path("runs/a"), Path("runs/b")], Path("m"), "onnx-int8"), ([], Path("m"), "model")]
+    assert run("export", "-o", "m", "--small") == 0
+    assert seen == [
+        ([Path("runs/a"), Path("runs/b")], Path("m"), "onnx-int8", False),
+        ([shipped_model()], Path("m"), "model", True),
+    ]
 
 
 def test_errors_for_the_reader_end_with_status_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def export_model(*_: object) -> None:
+    def export_model(*_: object, small: bool) -> None:
         raise ConfigError("m: nothing to export")
 
     stand_in(monkeypatch, "asr.runtime.export", export_model=export_model)
-    assert run("export", "-o", "m") == 1
+    assert run("export", "runs/a", "-o", "m") == 1
     assert capsys.readouterr().err == "error: m: nothing to export\n"
 
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asr.decoding import TokenSpan, make_decoder, words_from_tokens
-from asr.errors import ConfigError
+from asr.decoding import TokenSpan, words_from_tokens
+from asr.decoding.greedy import GreedyDecoder
 
 TOKENS = ("<blank>", " ", "a", "b")
 
@@ -21,7 +21,7 @@ def log_probs(path: list[int], probability: float = 0.7) -> np.ndarray:
 
 @given(st.lists(st.integers(0, 3), max_size=40), st.lists(st.integers(0, 7), min_size=1, max_size=10))
 def test_greedy_joins_repeats_and_drops_blanks_however_the_frames_are_cut(path: list[int], sizes: list[int]) -> None:
-    decoder, frames = make_decoder("greedy"), log_probs(path)
+    decoder, frames = GreedyDecoder(), log_probs(path)
     position = 0
     while position < len(frames):
         for size in [*sizes, 1]:
@@ -40,7 +40,7 @@ def test_greedy_joins_repeats_and_drops_blanks_however_the_frames_are_cut(path: 
 
 
 def test_an_open_token_is_told_and_grows() -> None:
-    decoder = make_decoder("greedy")
+    decoder = GreedyDecoder()
     decoder.accept(log_probs([2, 2], 0.9))
     assert [(s.start_frame, s.end_frame) for s in decoder.tokens()] == [(0, 2)]
     decoder.accept(log_probs([2, 0], 0.6))
@@ -50,18 +50,13 @@ def test_an_open_token_is_told_and_grows() -> None:
 
 
 def test_a_copy_goes_its_own_way() -> None:
-    decoder = make_decoder("greedy")
+    decoder = GreedyDecoder()
     decoder.accept(log_probs([2, 3]))
     copy = decoder.copy()
     decoder.accept(log_probs([2, 0]))
     copy.accept(log_probs([3, 1]))
     assert [s.token for s in decoder.tokens()] == [2, 3, 2]
     assert [(s.token, s.end_frame) for s in copy.tokens()] == [(2, 1), (3, 3), (1, 4)]
-
-
-def test_an_unknown_decoding_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"'bem'.*greedy"):
-        make_decoder("bem")
 
 
 def words(spans: list[TokenSpan], tokens: tuple[str, ...] = TOKENS, end: float = 100.0) -> list[tuple]:

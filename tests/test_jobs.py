@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from test_training import losses, tone_config
 
 from asr.metrics import count_errors
 from asr.recognizer import Recognizer
 from pipelines.prepare import prepare
 from pipelines.train import train
-from test_training import losses, tone_config
 
 KANA = {"か": 250.0, "き": 700.0, "く": 1_600.0, "け": 3_000.0}
 
@@ -39,13 +39,14 @@ def kana_recordings(folder: Path, rows: int, seed: int) -> Path:
 
 
 def test_kana_are_learnt_decoded_and_scored(tmp_path: Path) -> None:
-    prepare([kana_recordings(tmp_path / "train", 60, 0)], tmp_path / "data", workers=0)
+    prepare([kana_recordings(tmp_path / "train", 120, 0)], tmp_path / "data", workers=0)
     manifest = kana_recordings(tmp_path / "test", 10, 1)
-    config = tone_config(tmp_path / "data", epochs=25, learning_rate=1e-2, batch_seconds=6.0)
+    config = tone_config(tmp_path / "data", epochs=12, learning_rate=1e-2, batch_seconds=10.0)
     config = dataclasses.replace(
         config,
         features=dataclasses.replace(config.features, bands=80),
-        model=dataclasses.replace(config.model, hidden=32, phone_layer=0),
+        model=dataclasses.replace(config.model, hidden=32, layers=1, phone_layer=0),
+        augment=dataclasses.replace(config.augment, speeds=(1.0,)),
     )
     model = train(config, tmp_path / "run", workers=0)
     recognizer = Recognizer.load(model)

@@ -152,7 +152,10 @@ def test_graphs_are_written_with_metadata_and_int8_is_close(tmp_path: Path) -> N
 def test_export_joins_two_runs_into_one_model(tmp_path: Path) -> None:
     save_network(tiny_network(bidirectional=True), tmp_path / "a" / "model" / "offline")
     save_network(tiny_network(bidirectional=False), tmp_path / "b" / "model" / "streaming")
+    (tmp_path / "b" / "model" / "lm").mkdir()
+    (tmp_path / "b" / "model" / "lm" / "words.txt").write_text("ab a b\n")
     export_model([tmp_path / "a", tmp_path / "b"], tmp_path / "joined")
+    assert (tmp_path / "joined" / "lm" / "words.txt").is_file()
     for kind in ("offline", "streaming"):
         files = {p.name for p in (tmp_path / "joined" / kind).iterdir()}
         assert {"config.toml", "tokens.txt", "weights.safetensors", "model.onnx", "model.int8.onnx"} <= files

@@ -82,9 +82,10 @@ def test_lstm_equals_its_equations() -> None:
     layer = LSTM(3, 2).double().eval()
     x = torch.randn(1, 7, 3, dtype=torch.float64)
     cell = layer.lstm
-    w_i, w_f, w_c, w_o = cell.weight_ih_l0.chunk(4)
-    u_i, u_f, u_c, u_o = cell.weight_hh_l0.chunk(4)
-    b_i, b_f, b_c, b_o = (cell.bias_ih_l0 + cell.bias_hh_l0).chunk(4)
+    weights = cell.state_dict()
+    w_i, w_f, w_c, w_o = weights["weight_ih_l0"].chunk(4)
+    u_i, u_f, u_c, u_o = weights["weight_hh_l0"].chunk(4)
+    b_i, b_f, b_c, b_o = (weights["bias_ih_l0"] + weights["bias_hh_l0"]).chunk(4)
     h = c = torch.zeros(2, dtype=torch.float64)
     expected = []
     for x_t in x[0]:
@@ -100,8 +101,8 @@ def test_lstm_equals_its_equations() -> None:
 
 
 def test_forget_bias_starts_at_one() -> None:
-    cell = LSTM(3, 4).lstm
-    bias = cell.bias_ih_l0 + cell.bias_hh_l0
+    weights = LSTM(3, 4).lstm.state_dict()
+    bias = weights["bias_ih_l0"] + weights["bias_hh_l0"]
     assert bias.chunk(4)[1].tolist() == [1.0] * 4
     assert bias.chunk(4)[0].tolist() == [0.0] * 4
 

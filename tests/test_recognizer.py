@@ -294,8 +294,6 @@ def test_what_is_missing_or_wrong_is_named() -> None:
         model.transcribe(EDGE, RATE, network="streaming")
     with pytest.raises(ConfigError, match=r"'online'.*offline or streaming"):
         model.transcribe(EDGE, RATE, network="online")
-    with pytest.raises(ConfigError, match="'bim'"):
-        Recognizer({}, decoding="bim")
     with pytest.raises(AudioError, match=r"a\.wav.*sample_rate"):
         model.transcribe("a.wav", RATE)
     with pytest.raises(AudioError, match="44 Hz"):

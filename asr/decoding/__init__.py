@@ -6,8 +6,6 @@ from typing import Protocol
 
 import numpy as np
 
-from asr.errors import ConfigError
-
 
 @dataclass(frozen=True, slots=True)
 class TokenSpan:
@@ -33,6 +31,14 @@ class Word:
     confidence: float
 
 
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """What a segment may say; scores (natural log) compare within one segment."""
+
+    tokens: tuple[TokenSpan, ...]
+    score: float
+
+
 class Decoder(Protocol):
     """Searches the log-probabilities of one segment as they arrive; costs the same for every block."""
 
@@ -44,22 +50,13 @@ class Decoder(Protocol):
         """The best tokens so far, in order."""
         ...
 
+    def finish(self) -> list["Hypothesis"]:
+        """End the segment; the best hypothesis first, at least one. Nothing follows."""
+        ...
+
     def copy(self) -> "Decoder":
         """The decoder as it stands now: the two go separate ways."""
         ...
-
-
-def make_decoder(decoding: str) -> Decoder:
-    """A new decoder for one segment.
-
-    Raises:
-        ConfigError: `decoding` names none.
-    """
-    from asr.decoding.greedy import GreedyDecoder
-
-    if decoding != "greedy":
-        raise ConfigError(f"decoding = {decoding!r}: must be greedy")
-    return GreedyDecoder()
 
 
 def words_from_tokens(

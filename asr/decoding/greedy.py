@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from asr.decoding import TokenSpan
+from asr.decoding import Hypothesis, TokenSpan
 
 _BLANK = 0
 
@@ -18,6 +18,7 @@ class GreedyDecoder:
         self._token = _BLANK  # of the run of equal frames that is still open
         self._start = 0
         self._sum = 0.0  # of the run's probabilities
+        self._score = 0.0  # log-probability of the path
 
     def accept(self, log_probs: np.ndarray) -> None:
         """Take the next frames, (frames, vocabulary), also none."""
@@ -28,11 +29,16 @@ class GreedyDecoder:
                 self._written += self._open()
                 self._token, self._start, self._sum = token, self._frames, 0.0
             self._sum += min(math.exp(value), 1.0)
+            self._score += value
             self._frames += 1
 
     def tokens(self) -> list[TokenSpan]:
         """The tokens so far, the open one included."""
         return self._written + self._open()
+
+    def finish(self) -> list[Hypothesis]:
+        """The tokens; their score is that of the best path."""
+        return [Hypothesis(tuple(self.tokens()), self._score)]
 
     def copy(self) -> "GreedyDecoder":
         """The decoder as it stands now."""

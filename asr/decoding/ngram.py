@@ -1,10 +1,11 @@
 """Word n-gram language models: interpolated modified Kneser-Ney, pruned, written as ARPA."""
 
 import gzip
+import io
 import itertools
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,6 +55,11 @@ class NgramModel:
     words: tuple[str, ...]
     orders: tuple[Grams, ...]
 
+    @property
+    def lexicon(self) -> tuple[str, ...]:
+        """The words that can be said."""
+        return self.words[_END + 1 :]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Perplexity:
@@ -64,7 +70,14 @@ class Perplexity:
     unknown: int
 
 
-def estimate(lines: Sequence[str], *, order: int = 3, vocabulary: int | None = None, min_count: int = 1) -> NgramModel:
+def estimate(
+    lines: Sequence[str],
+    *,
+    order: int = 3,
+    vocabulary: int | None = None,
+    min_count: int = 1,
+    lexicon: Iterable[str] = (),
+) -> NgramModel:
     """Estimate an unpruned model by interpolated modified Kneser-Ney (Chen and Goodman, 1998).
 
     About 250 bytes of memory to a word of text and order.
@@ -74,11 +87,13 @@ def estimate(lines: Sequence[str], *, order: int = 3, vocabulary: int | None = N
         order: words to an n-gram.
         vocabulary: keep so many words, the most frequent ones; None keeps all.
         min_count: keep words that occur at least so often. Other words count as <unk>.
+        lexicon: more words that can be said, however rare: one that is not kept anyway gets what a word that was
+            never seen gets.
 
     Raises:
         TextError: there is no text.
     """
-    words = _vocabulary(lines, vocabulary, min_count)
+    words = _vocabulary(lines, vocabulary, min_count, lexicon)
     stream = _encode(lines, words)
     place = np.arange(len(stream))
     depth = place - np.maximum.accumulate(np.where(stream == _START, place, 0))  # words since <s>
@@ -100,7 +115,7 @@ def estimate(lines: Sequence[str], *, order: int = 3, vocabulary: int | None = N
     return NgramModel(words=words, orders=_smooth(grams, counts))
 
 
-def _vocabulary(lines: Sequence[str], size: int | None, min_count: int) -> tuple[str, ...]:
+def _vocabulary(lines: Sequence[str], size: int | None, min_count: int, lexicon: Iterable[str]) -> tuple[str, ...]:
     found: Counter[str] = Counter()
     for line in lines:
         found.update(line.split())
@@ -109,7 +124,8 @@ def _vocabulary(lines: Sequence[str], size: int | None, min_count: int) -> tuple
     if not found:
         raise TextError("no words in the text: a language model needs some")
     ranked = sorted((w for w, count in found.items() if count >= min_count), key=lambda w: (-found[w], w))
-    return (UNKNOWN, START, END, *ranked[:size])
+    kept = (UNKNOWN, START, END, *ranked[:size])
+    return (*kept, *sorted(set(lexicon).difference(kept)))
 
 
 def _encode(lines: Sequence[str], words: Sequence[str]) -> np.ndarray:
@@ -253,22 +269,25 @@ def perplexity(model: NgramModel, lines: Sequence[str]) -> Perplexity:
     return Perplexity(value=float(np.exp(-mean)), words=words, unknown=int((stream == _UNKNOWN).sum()))
 
 
-def write_arpa(model: NgramModel, path: Path) -> None:
-    """Write a whole ARPA file or nothing; gzipped where the name ends in .gz, byte for byte the same each time."""
+def write_arpa(model: NgramModel, path: Path, *, digits: int = 6) -> None:
+    """Write a whole ARPA file or nothing; gzipped where the name ends in .gz, byte for byte the same each time.
+
+    `digits` are those behind the point of base-10 logarithms.
+    """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with temporary.open("wb") as file:
             if path.suffix == ".gz":
                 with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
-                    _write(model, packed)
+                    _write(model, packed, digits)
             else:
-                _write(model, file)
+                _write(model, file, digits)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _write(model: NgramModel, file) -> None:
+def _write(model: NgramModel, file: io.BufferedIOBase, digits: int) -> None:
     file.write(b"\\data\\\n")
     for n, grams in enumerate(model.orders, start=1):
         file.write(f"ngram {n}={len(grams)}\n".encode())
@@ -280,10 +299,13 @@ def _write(model: NgramModel, file) -> None:
         texts = [f"{first} {last}" for first, last in zip(before, words, strict=True)] if n > 1 else words
         log_probs = np.maximum(grams.log_prob / _LOG10, -99.0).tolist()
         if n == len(model.orders):
-            lines = (f"{p:.4f}\t{text}\n" for p, text in zip(log_probs, texts, strict=True))
+            lines = (f"{p:.{digits}f}\t{text}\n" for p, text in zip(log_probs, texts, strict=True))
         else:
             backoffs = (grams.log_backoff / _LOG10).tolist()
-            lines = (f"{p:.4f}\t{text}\t{b:.4f}\n" for p, text, b in zip(log_probs, texts, backoffs, strict=True))
+            lines = (
+                f"{p:.{digits}f}\t{text}\t{b:.{digits}f}\n"
+                for p, text, b in zip(log_probs, texts, backoffs, strict=True)
+            )
         while chunk := "".join(itertools.islice(lines, 100_000)):
             file.write(chunk.encode())
     file.write(b"\n\\end\\\n")

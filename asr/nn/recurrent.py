@@ -77,13 +77,14 @@ class BiLSTM(StreamingLayer):
 def new_lstm(input_size: int, hidden_size: int) -> nn.LSTM:
     """One torch LSTM layer with forget bias 1 and orthogonal recurrent weights, batch first."""
     lstm = nn.LSTM(input_size, hidden_size, batch_first=True)
+    weights = dict(lstm.named_parameters())
     with torch.no_grad():
-        for gate in lstm.weight_hh_l0.chunk(4):
+        for gate in weights["weight_hh_l0"].chunk(4):
             nn.init.orthogonal_(gate)
-        nn.init.xavier_uniform_(lstm.weight_ih_l0)
-        lstm.bias_hh_l0.zero_()
-        lstm.bias_ih_l0.zero_()
-        lstm.bias_ih_l0[hidden_size : 2 * hidden_size] = 1.0  # torch's order: input, forget, candidate, output
+        nn.init.xavier_uniform_(weights["weight_ih_l0"])
+        weights["bias_hh_l0"].zero_()
+        weights["bias_ih_l0"].zero_()
+        weights["bias_ih_l0"][hidden_size : 2 * hidden_size] = 1.0  # torch's order: input, forget, candidate, output
     return lstm
 
 

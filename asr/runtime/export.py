@@ -10,6 +10,7 @@ import os
 import shutil
 from functools import singledispatchmethod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,6 +23,7 @@ from asr.errors import ModelError
 from asr.features import FLOOR, LogMel
 from asr.models import FORMAT_VERSION, Network, Output, load_network, replace_folder, save_network
 from asr.nn import LSTM, BiLSTM, LookAhead, Normalise, StreamingLayer, StridedConvolution
+from asr.runtime.folder import LM_FOLDER
 
 _OPSET = 20
 _INT_MAX = np.iinfo(np.int64).max
@@ -127,7 +129,7 @@ class _Builder:
         onnx.checker.check_model(model)
         return model
 
-    def op(self, kind: str, *inputs: str, name: str | None = None, outputs: int = 1, **attributes: object) -> str:
+    def op(self, kind: str, *inputs: str, name: str | None = None, outputs: int = 1, **attributes: Any) -> str:
         """Add a node; gives the name of its first output."""
         first = name or f"{kind.lower()}_{len(self.nodes)}"
         names = [first, *(f"{first}_{i}" for i in range(1, outputs))]
@@ -188,7 +190,7 @@ class _Builder:
         x = self.op("MatMul", x, self.constant(layer.dft_matrix().float()))
         # the power is the sum of the squares of both parts, so the filters stand twice
         x = self.op("MatMul", self.op("Mul", x, x), self.constant(torch.cat([layer.filters, layer.filters])))
-        return self.op("Log", self.op("Add", x, self.constant(np.float32(FLOOR))))
+        return self.op("Log", self.op("Add", x, self.constant(np.array(FLOOR, np.float32))))
 
     @add.register
     def _(self, layer: Normalise, x: str) -> str:
@@ -254,9 +256,10 @@ class _Builder:
             i, f, c, o = weight.chunk(4)
             return torch.cat([i, o, f, c])
 
-        w = torch.stack([reordered(d.weight_ih_l0) for d in directions])
-        r = torch.stack([reordered(d.weight_hh_l0) for d in directions])
-        b = torch.stack([torch.cat([reordered(d.bias_ih_l0), reordered(d.bias_hh_l0)]) for d in directions])
+        weights = [d.state_dict() for d in directions]
+        w = torch.stack([reordered(v["weight_ih_l0"]) for v in weights])
+        r = torch.stack([reordered(v["weight_hh_l0"]) for v in weights])
+        b = torch.stack([torch.cat([reordered(v["bias_ih_l0"]), reordered(v["bias_hh_l0"])]) for v in weights])
         return [self.constant(w), self.constant(r), self.constant(b)]
 
     def layer_norm(self, norm: nn.LayerNorm, x: str) -> str:
@@ -284,7 +287,7 @@ def _check(network: Network, model: onnx.ModelProto, folder: Path) -> None:
             silence = np.zeros((1, network.latency * network.stride), np.float32)
             state = dict(zip(state, after, strict=True))
             last = session.run(["log_probs"], {"audio": silence, **state, "flush": np.ones(1, np.float32)})[0]
-            got = np.concatenate([got, last], axis=1)[:, network.latency :]
+            got = np.concatenate([np.asarray(got), np.asarray(last)], axis=1)[:, network.latency :]
     difference = float(np.abs(np.asarray(got) - expected).max())
     if not difference <= _TOLERANCE:
         raise ModelError(f"{folder}: the exported graph differs from PyTorch by {difference:.2g} in log-probability")
@@ -306,6 +309,7 @@ def export_model(sources: list[Path], out: Path, to: str = "model", *, small: bo
     """
     networks: dict[str, Path] = {}
     card: dict = {}
+    language_model: Path | None = None
     for source in sources:
         folder = source / "model" if (source / "model").is_dir() else source
         found = [kind for kind in ("offline", "streaming") if (folder / kind / "weights.safetensors").is_file()]
@@ -314,8 +318,10 @@ def export_model(sources: list[Path], out: Path, to: str = "model", *, small: bo
         networks |= {kind: folder / kind for kind in found}
         if (folder / "card.json").is_file():
             card |= json.loads((folder / "card.json").read_text(encoding="utf-8"))
+        if (folder / LM_FOLDER).is_dir():
+            language_model = folder / LM_FOLDER
     if to == "model":
-        return [_write_model(networks, card, out, small)]
+        return [_write_model(networks, card, language_model, out, small)]
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for kind, folder in networks.items():
@@ -330,13 +336,15 @@ def export_model(sources: list[Path], out: Path, to: str = "model", *, small: bo
     return written
 
 
-def _write_model(networks: dict[str, Path], card: dict, out: Path, small: bool) -> Path:
+def _write_model(networks: dict[str, Path], card: dict, language_model: Path | None, out: Path, small: bool) -> Path:
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for kind, folder in networks.items():
         save_network(load_network(folder), temporary / kind, dtype=torch.float16 if small else torch.float32)
         write_graphs(temporary / kind, precisions=("int8",) if small else ("fp32", "int8"))
+    if language_model is not None:
+        shutil.copytree(language_model, temporary / LM_FOLDER)
     (temporary / "card.json").write_text(json.dumps(card or {"name": out.name}, indent=1) + "\n", encoding="utf-8")
     replace_folder(temporary, out)
     return out

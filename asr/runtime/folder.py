@@ -8,6 +8,8 @@ from asr.errors import ConfigError, ModelError
 FORMAT_VERSION = 1
 NETWORKS = ("offline", "streaming")
 _GRAPHS = {"int8": "model.int8.onnx", "fp32": "model.onnx"}
+LM_FOLDER, LM_FILE, LM_WORDS = "lm", "lm.arpa.gz", "words.txt"
+_LM_FILES = ("lm.bin", LM_FILE)  # KenLM's binary form is read at once
 _SHIPPED = Path(__file__).parents[1] / "shipped"
 
 
@@ -73,4 +75,20 @@ def find_graph(network: Path, precision: str | None) -> Path:
         f"{network}: {missing} is missing"
         + (f" (it has {', '.join(present)})" if present else "")
         + f"; `asr export {network.parent} -o DIR --to model` makes a folder with every graph"
+    )
+
+
+def find_language_model(path: str | Path | None) -> tuple[Path, Path]:
+    """The n-gram model of a model folder and its list of words; None is the shipped model.
+
+    Raises:
+        ModelError: it has none; the message says how to make it.
+    """
+    folder = shipped_model() if path is None else Path(path)
+    for name in _LM_FILES:
+        if (folder / LM_FOLDER / name).is_file() and (folder / LM_FOLDER / LM_WORDS).is_file():
+            return folder / LM_FOLDER / name, folder / LM_FOLDER / LM_WORDS
+    raise ModelError(
+        f"{folder}: beam search needs a language model, and {LM_FOLDER}/ is missing or incomplete; "
+        f"`asr train-lm TEXT --out {folder}` makes one"
     )

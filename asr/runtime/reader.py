@@ -5,7 +5,7 @@ from collections import deque
 import numpy as np
 
 from asr.audio import EDGE_SILENCE_SECONDS, SAMPLE_RATE
-from asr.decoding import Decoder, TokenSpan
+from asr.decoding import Decoder, Hypothesis
 from asr.runtime import State, StreamingEngine
 
 _EDGE = np.zeros(round(EDGE_SILENCE_SECONDS * SAMPLE_RATE), np.float32)
@@ -55,8 +55,8 @@ class SegmentReader:
         self.push(samples[: end - start])
         return samples[end - start :]
 
-    def finish(self) -> list[TokenSpan]:
-        """End the segment here and return its tokens; the reader is over then."""
+    def finish(self) -> list[Hypothesis]:
+        """End the segment here and return what it may say, the best first; the reader is over then."""
         self.push(_EDGE)
         frame = self._engine.samples_per_frame
         rest = self._waiting[: len(self._waiting) // frame * frame]  # what is left after it is silence
@@ -64,7 +64,7 @@ class SegmentReader:
             self._step(rest)
         if self._engine.latency_frames:
             self._step(np.zeros(self._engine.latency_frames * frame, np.float32), flush=True)
-        return self.decoder.tokens()
+        return self.decoder.finish()
 
     def _read_block(self, block: np.ndarray) -> None:
         if self._kept:

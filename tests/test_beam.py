@@ -1,0 +1,290 @@
+"""Beam search: against exhaustive search and torchaudio's decoder, across block borders, with and without a model."""
+
+import itertools
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_model import FRAME, RATE, ToyEngine, spell
+from toy_model import TOKENIZER as LETTERS
+
+from asr.decoding import TokenSpan, words_from_tokens
+from asr.decoding import beam as beam_module
+from asr.decoding.beam import BeamConfig, BeamDecoder, BeamSearch
+from asr.decoding.greedy import GreedyDecoder
+from asr.decoding.ngram import estimate, write_arpa
+from asr.errors import ConfigError, ModelError
+from asr.recognizer import Network, Recognizer
+from asr.text import Tokenizer
+from pipelines.train_lm import train_lm
+
+TOKENS = ("<blank>", " ", *"abenorst")
+LINES = ["to be or not to be", "a bee to see", "not a bee", "sea to see", "rest a bit"]
+
+
+def make_lm(folder: Path, lines: Sequence[str] = LINES, order: int = 2) -> tuple[Path, tuple[str, ...]]:
+    """The model's file and its words."""
+    model = estimate(lines, order=order)
+    write_arpa(model, folder / "lm.arpa.gz")
+    return folder / "lm.arpa.gz", model.lexicon
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, ...]]:
+    return make_lm(tmp_path_factory.mktemp("lm"))
+
+
+@pytest.fixture(scope="module")
+def search(lm: tuple[Path, tuple[str, ...]]) -> BeamSearch:
+    return BeamSearch(*lm, TOKENS, BeamConfig(beam=50, lm_weight=1.0, word_score=0.5, nbest=5))
+
+
+def frames(path: str, probability: float = 0.9, tokens: Sequence[str] = TOKENS) -> np.ndarray:
+    """Log-probabilities of a path, a character a frame, "_" for the blank; (frames, vocabulary)."""
+    values = np.full((len(path), len(tokens)), math.log((1 - probability) / (len(tokens) - 1)), np.float32)
+    for row, character in zip(values, path, strict=True):
+        row[tokens.index("<blank>" if character == "_" else character)] = math.log(probability)
+    return values
+
+
+def random_frames(seed: int, count: int, vocabulary: int = len(TOKENS), spread: float = 2.0) -> np.ndarray:
+    values = np.random.default_rng(seed).normal(0, spread, (count, vocabulary))
+    return (values - np.log(np.exp(values).sum(axis=1, keepdims=True))).astype(np.float32)
+
+
+def text(spans: Sequence[TokenSpan], tokens: Sequence[str] = TOKENS) -> str:
+    return " ".join("".join(tokens[span.token] for span in spans).split())
+
+
+def decode(search: BeamSearch, log_probs: np.ndarray) -> str:
+    decoder = search()
+    decoder.accept(log_probs)
+    return text(decoder.finish()[0].tokens)
+
+
+def test_the_model_mends_what_greedy_misspells(search: BeamSearch) -> None:
+    misspelled = frames("__not to ba_", 0.6)
+    misspelled[10, TOKENS.index("e")] = math.log(0.25)
+    greedy = GreedyDecoder()
+    greedy.accept(misspelled)
+    assert text(greedy.tokens()) == "not to ba"
+    assert decode(search, misspelled) == "not to be"
+
+
+def test_words_are_parted_only_where_the_network_hears_a_space(lm: tuple[Path, tuple[str, ...]]) -> None:
+    search = BeamSearch(lm[0], ("to", "be", "tobe"), TOKENS, BeamConfig(lm_weight=0.0, word_score=1.0))
+    assert decode(search, frames("_to_ _be_")) == "to be"
+    assert decode(search, frames("_to_be_")) == "tobe"
+
+
+def collapse(path: Sequence[int]) -> str:
+    return "".join(TINY[token] for token, _ in itertools.groupby(path) if token)
+
+
+TINY = ("<blank>", " ", "a", "b")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 6))
+def test_a_wide_beam_without_a_model_finds_the_best_of_all_paths(
+    lm: tuple[Path, tuple[str, ...]], seed: int, count: int
+) -> None:
+    lexicon = ("a", "ab", "bab", "bb")
+    search = BeamSearch(lm[0], lexicon, TINY, BeamConfig(beam=5000, lm_weight=0.0, word_score=0.0))
+    log_probs = random_frames(seed, count, len(TINY))
+    best = max(
+        (float(log_probs[np.arange(count), list(path)].sum()), collapse(path))
+        for path in itertools.product(range(len(TINY)), repeat=count)
+        if set(collapse(path).split()) <= set(lexicon)
+    )
+    decoder = search()
+    decoder.accept(log_probs)
+    (found,) = decoder.finish()
+    assert text(found.tokens, TINY) == " ".join(best[1].split())
+    assert found.score == pytest.approx(best[0], abs=1e-4)
+
+
+def test_torchaudios_decoder_finds_the_same(lm: tuple[Path, tuple[str, ...]], tmp_path: Path) -> None:
+    decoders = pytest.importorskip("torchaudio.models.decoder", reason="torchaudio is not installed")
+    torch = pytest.importorskip("torch")
+    model, words = lm[0], [word for word in lm[1] if set(word) <= set(TOKENS)]
+    (tmp_path / "lexicon.txt").write_text("".join(f"{word}\t{' '.join(word)} |\n" for word in words))
+    oracle = decoders.ctc_decoder(
+        lexicon=str(tmp_path / "lexicon.txt"), tokens=["-", "|", *TOKENS[2:]], lm=str(model),
+        nbest=5, beam_size=500, lm_weight=0.8, word_score=0.3, beam_threshold=100,
+    )  # fmt: skip
+    search = BeamSearch(model, words, TOKENS, BeamConfig(beam=500, lm_weight=0.8, word_score=0.3, nbest=5))
+    for seed in range(12):
+        log_probs = random_frames(seed, 25)
+        free_space = np.full((1, len(TOKENS)), -1e4, np.float32)
+        free_space[0, :2] = 0.0
+        expected = oracle(torch.from_numpy(np.concatenate([log_probs, free_space]))[None])[0]
+        decoder = search()
+        decoder.accept(log_probs)
+        found = decoder.finish()
+        assert text(found[0].tokens) == " ".join(expected[0].words)
+        assert found[0].score == pytest.approx(expected[0].score, abs=1e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.lists(st.integers(0, 40), min_size=1, max_size=8), st.sampled_from([16, 1500]))
+def test_blocks_of_any_size_give_the_same_as_the_whole(
+    search: BeamSearch, seed: int, sizes: list[int], commit: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(beam_module, "_COMMIT_FRAMES", commit)
+        patch.setattr(beam_module, "_LOOKBACK_FRAMES", 6)
+        log_probs = random_frames(seed, 50, spread=3.0)
+        whole, pieces = search(), search()
+        whole.accept(log_probs)
+        position = 0
+        for size in itertools.chain(sizes, [len(log_probs)]):
+            pieces.accept(log_probs[position : position + size])
+            position += size
+            copy = pieces.copy()
+            assert copy.tokens() == pieces.tokens()
+        assert pieces.tokens() == whole.tokens()
+        assert pieces.finish() == whole.finish()
+
+
+def test_a_copy_goes_its_own_way(search: BeamSearch) -> None:
+    decoder = search()
+    decoder.accept(frames("_to_ b"))
+    copy = decoder.copy()
+    decoder.accept(frames("e_"))
+    copy.accept(frames("e_e_"))
+    assert text(decoder.tokens()) == "to be"
+    assert text(copy.finish()[0].tokens) == "to bee"
+    assert text(decoder.finish()[0].tokens) == "to be"
+
+
+def test_unfinished_words_are_told_and_whole_words_end_the_segment(search: BeamSearch) -> None:
+    decoder = search()
+    assert decoder.tokens() == []
+    decoder.accept(frames("_to_ be_ no"))
+    assert text(decoder.tokens()) == "to be no"
+    decoder.accept(frames("t"))
+    assert text(decoder.finish()[0].tokens) == "to be not"
+
+
+@pytest.mark.parametrize("log_probs", [frames(""), frames("_"), frames("____"), frames("_  _")])
+def test_silence_says_nothing(search: BeamSearch, log_probs: np.ndarray) -> None:
+    decoder = search()
+    decoder.accept(log_probs)
+    assert decoder.tokens() == [] or text(decoder.tokens()) == ""
+    assert text(decoder.finish()[0].tokens) == ""
+
+
+def test_words_have_the_times_and_confidence_of_their_frames(search: BeamSearch) -> None:
+    decoder = search()
+    decoder.accept(frames("___too_ _bee__", 0.8))
+    spans = decoder.finish()[0].tokens
+    words = words_from_tokens(spans, TOKENS, start=0.0, end=9.0, frame=0.04, edge=0.0)
+    assert [(w.text, pytest.approx(w.start), pytest.approx(w.end)) for w in words] == [
+        ("to", 3 * 0.04, 6 * 0.04),
+        ("be", 9 * 0.04, 12 * 0.04),
+    ]
+    assert words[0].confidence == pytest.approx(0.8**2, abs=1e-5)
+
+
+def test_the_n_best_differ_and_come_best_first(search: BeamSearch) -> None:
+    decoder = search()
+    decoder.accept(frames("_to_ _see_", 0.3))
+    found = decoder.finish()
+    texts = [text(hypothesis.tokens) for hypothesis in found]
+    assert len(texts) == len(set(texts)) == 5
+    assert [h.score for h in found] == sorted((h.score for h in found), reverse=True)
+
+
+def test_a_segment_without_end_costs_the_same_for_every_block(
+    search: BeamSearch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beam_module, "_COMMIT_FRAMES", 60)
+    monkeypatch.setattr(beam_module, "_LOOKBACK_FRAMES", 20)
+    decoder: BeamDecoder = search()
+    read = []
+    monkeypatch.setattr(
+        beam_module, "_read", lambda s, b: (read.append(len(b)), s.decode_step(b.ctypes.data, *b.shape))
+    )
+    for _ in range(100):
+        decoder.accept(frames("_to_ _be_ "))
+    assert text(decoder.tokens()) == " ".join(["to be"] * 100)
+    assert sum(read) < 2 * 1000  # frames: what is searched again is less than what is new
+    starts = [span.start_frame for span in decoder.finish()[0].tokens if span.token == TOKENS.index("b")]
+    assert starts == list(range(6, 1000, 10))
+
+
+def test_the_recognizer_searches_files_and_live_audio_alike(tmp_path: Path) -> None:
+    model, words = make_lm(tmp_path, ["the cat sat", "the dog ran"])
+    config = BeamConfig(lm_weight=1.0, nbest=3)
+    recognizer = Recognizer(
+        {
+            name: Network(LETTERS, ToyEngine, open_search=lambda: BeamSearch(model, words, LETTERS.tokens, config))
+            for name in ("offline", "streaming")
+        }
+    )
+    samples = spell("the kat sat")
+    greedy = Recognizer({"offline": Network(LETTERS, ToyEngine)}).transcribe(samples, RATE)
+    assert greedy.text == "the kat sat"
+    assert greedy.segments[0].alternatives == ()
+    whole = recognizer.transcribe(samples, RATE)
+    assert whole.text == "the cat sat"
+    assert [word.start for word in whole.words] == [word.start for word in greedy.words]
+    first, second, *_ = whole.segments[0].alternatives
+    assert (first.text, first.score > second.score) == ("the cat sat", True)
+    live = recognizer.stream(RATE)
+    partials = [live.feed(samples[i : i + FRAME]).partial for i in range(0, len(samples), FRAME)]
+    assert "the" in partials
+    assert live.finish() == recognizer.transcribe(samples, RATE, network="streaming")
+    assert live.finish().text == "the cat sat"
+    assert [t.text for t in recognizer.transcribe_batch([samples, spell("the dog")])] == ["the cat sat", "the dog"]
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    """A model folder as `load` checks it; its graph is never opened."""
+    network = tmp_path / "model" / "offline"
+    network.mkdir(parents=True)
+    (network / "config.toml").write_text("format_version = 1\n")
+    (network / "model.int8.onnx").touch()
+    Tokenizer.characters(["tobenrsa"]).save(network / "tokens.txt")
+    return tmp_path / "model"
+
+
+def test_a_model_without_a_language_model_names_the_command(model_folder: Path, tmp_path: Path) -> None:
+    Recognizer.load(model_folder)
+    with pytest.raises(ModelError, match=r"model: beam search needs.*`asr train-lm TEXT --out .*model`"):
+        Recognizer.load(model_folder, decoding="beam")
+    (tmp_path / "text.txt").write_text("\n".join(LINES))
+    train_lm([tmp_path / "text.txt"], model_folder, min_count=1)
+    loaded = Recognizer.load(model_folder, decoding="beam", beam=7, lm_weight=0.5, word_score=-1.0, nbest=2)
+    assert loaded.networks == ("offline",)
+
+
+def test_what_cannot_be_is_refused(
+    model_folder: Path, lm: tuple[Path, tuple[str, ...]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match="beam = 5: only with"):
+        Recognizer.load(model_folder, beam=5)
+    with pytest.raises(ConfigError, match=r"'bem'.*greedy or beam"):
+        Recognizer.load(model_folder, decoding="bem")
+    shutil.copytree(lm[0].parent, model_folder / "lm")
+    (model_folder / "lm" / "words.txt").write_text("to\nbe\n")
+    for wrong in ({"beam": 0}, {"lm_weight": -1.0}, {"lm_weight": math.nan}, {"nbest": 0}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            Recognizer.load(model_folder, decoding="beam", **wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="has no space"):
+        BeamSearch(*lm, ("<blank>", "a", "b"), BeamConfig())
+    with pytest.raises(ConfigError, match="spells no word"):
+        BeamSearch(*lm, ("<blank>", " ", "x"), BeamConfig())
+    damaged = model_folder / "lm" / "lm.arpa.gz"
+    for content in (b"", b"nothing of the kind", damaged.read_bytes()[:100]):
+        damaged.write_bytes(content)
+        with pytest.raises(ModelError, match=r"lm\.arpa\.gz: not a readable language model.*train-lm"):
+            BeamSearch(damaged, ("to", "be"), TOKENS, BeamConfig())
+    assert capfd.readouterr() == ("", "")
