@@ -11,8 +11,18 @@ from torch import Tensor, nn
 from asr.config import NetworkConfig, from_dict, read_toml, to_toml
 from asr.errors import ModelError
 from asr.features import LogMel
-from asr.nn import LSTM, BiLSTM, Chain, LookAhead, Normalise, State, StreamingLayer, StridedConvolution
-from asr.nn.cells import SelfAttention, stacked
+from asr.nn import (
+    LSTM,
+    BiLSTM,
+    Chain,
+    LookAhead,
+    Normalise,
+    SelfAttention,
+    State,
+    StreamingLayer,
+    StridedConvolution,
+    stacked,
+)
 from asr.nn.layer import valid
 from asr.text import Tokenizer
 

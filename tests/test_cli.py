@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from asr.errors import ConfigError
-from asr.runtime.folder import Problem, shipped_model
+from asr.errors import ConfigError, Problem
+from asr.runtime.folder import shipped_model
 from pipelines.cli import main
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("transcribe", "stream", "evaluate", "prepare", "train", "train-lm", "export")
+COMMANDS = ("transcribe", "stream", "evaluate", "prepare", "train", "train-lm", "export", "bench")
 
 
 def run(*arguments: object) -> int:

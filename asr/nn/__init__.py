@@ -1,9 +1,11 @@
 """Layers that run whole (`forward`) and in pieces (`step`), with one body for both."""
 
-from asr.nn.cells import CELLS, Bidirectional, Cell, Recurrent, SelfAttention, Stacked, initialise, stacked
+from asr.nn.attention import SelfAttention
+from asr.nn.cells import CELLS, Cell, initialise
 from asr.nn.convolution import LookAhead, Normalise, StridedConvolution
 from asr.nn.layer import Chain, State, StreamingLayer, windows
 from asr.nn.recurrent import LSTM, BiLSTM
+from asr.nn.stack import Bidirectional, Recurrent, Stacked, stacked
 
 __all__ = [
     "CELLS",

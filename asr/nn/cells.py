@@ -1,19 +1,20 @@
-"""The LSTM family: one recurrent cell is one step's equations; a layer runs any of them over time.
+"""The LSTM family: each recurrent cell is the equations of one step (asr.nn.stack runs them over time).
 
 Notation throughout: x_t input, h_t output, c_t cell, i input gate, f forget gate, o output gate, c~ candidate; W and U
 multiply x_t and h_{t-1}, b is a bias, * is elementwise. A cell's docstring is what its `forward` computes.
 """
 
-import math
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asr.errors import ModelError
-from asr.nn.layer import State, StreamingLayer, valid
-from asr.nn.recurrent import reverse
+from asr.nn.layer import State
+
+# Where oneDNN lacks the projected LSTM, torch takes its own kernel and says so; nobody has to do anything about it.
+warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
 
 
 class Cell(nn.Module):
@@ -293,190 +294,3 @@ def initialise(cell: Cell, *, forget_bias: float = 1.0, longest_memory: int = 0)
             keep.uniform_(1, longest_memory - 1).log_()
             if "i" in cell.gates:
                 cell.w.bias[cell.rows("i")] = -keep
-
-
-class Recurrent(StreamingLayer):
-    """A cell run over time: (batch, time, input_size) -> h (batch, time, output_size). The state is the cell's.
-
-    torch's kernel runs it where there is one; else, and where the options below need it, a loop over the frames.
-
-    Args:
-        cell: the equations.
-        variational_dropout: while training, the share of x_t's and of h_{t-1}'s units that are hidden from the cell,
-            the same ones at every frame (Gal and Ghahramani 2016).
-        zoneout: while training, the probability that a unit of the state keeps its value for one frame; after it,
-            old and new are mixed in that proportion (Krueger et al. 2017).
-    """
-
-    def __init__(self, cell: Cell, *, variational_dropout: float = 0.0, zoneout: float = 0.0) -> None:
-        super().__init__()
-        self.cell = cell
-        self.variational_dropout, self.zoneout = variational_dropout, zoneout
-        self.output_size = cell.output_size
-
-    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        y, _ = self.step(x, self.initial_state(x.shape[0]))
-        return y, lengths
-
-    def initial_state(self, batch_size: int) -> State:
-        return self.cell.initial_state(batch_size)
-
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        if not x.shape[1]:
-            return self._nothing(x.shape[0]), state
-        dropout = self.variational_dropout if self.training else 0.0
-        if self.cell.fast and not dropout and not self.zoneout:
-            return self._run_fast(x, state)
-        if dropout:
-            x = x * F.dropout(x.new_ones(x.shape[0], 1, x.shape[2]), dropout)
-        seen = F.dropout(torch.ones_like(state[0]), dropout)
-        outputs = []
-        for wx in self.cell.project(x).unbind(1):
-            h, *rest = state
-            new = self.cell(wx, h * seen if dropout else h, *rest)
-            state = self._zone_out(state, new) if self.zoneout else new
-            outputs.append(state[0])
-        return torch.stack(outputs, dim=1), state
-
-    def _run_fast(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        assert self.cell.fast is not None
-        first = tuple(s[None].to(x.dtype) for s in state)  # torch's kernels want (layers, batch, size)
-        # one layer with biases, no dropout, forward in time, batch first
-        options = True, 1, 0.0, self.training, False, True
-        y, *last = self.cell.fast(x, first if len(first) > 1 else first[0], self.cell.weights(), *options)
-        return y, tuple(s[0] for s in last)
-
-    def _zone_out(self, old: State, new: State) -> State:
-        if not self.training:
-            return tuple(self.zoneout * a + (1 - self.zoneout) * b for a, b in zip(old, new, strict=True))
-        return tuple(
-            torch.where(torch.rand_like(b) < self.zoneout, a.to(b.dtype), b) for a, b in zip(old, new, strict=True)
-        )
-
-    def _nothing(self, batch_size: int) -> Tensor:
-        return self.cell.w.weight.new_zeros(batch_size, 0, self.output_size)
-
-
-class Bidirectional(StreamingLayer):
-    """Two recurrent layers over a whole utterance, one in each direction, joined: (batch, time, both outputs).
-
-    Exact for padded batches without packing: the backward layer reads each row's valid part reversed, so that
-    padding comes last for it as well (Schuster and Paliwal 1997).
-    """
-
-    def __init__(self, ahead: Recurrent, back: Recurrent) -> None:
-        super().__init__()
-        self.ahead, self.back = ahead, back
-        self.output_size = ahead.output_size + back.output_size
-
-    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        ahead, _ = self.ahead(x, lengths)
-        back, _ = self.back(reverse(x, lengths), lengths)
-        return torch.cat([ahead, reverse(back, lengths)], dim=-1), lengths
-
-    def initial_state(self, batch_size: int) -> State:
-        raise ModelError(
-            "a bidirectional layer reads whole utterances and cannot stream; use the model's streaming network"
-        )
-
-
-class Stacked(StreamingLayer):
-    """A recurrent layer as it stands in a stack: layer-normalised, with dropout, and with a residual path if wanted.
-
-    y = dropout(N(layer(x))), and x + y with a residual path (He et al. 2016), which needs the sizes to be equal.
-    """
-
-    def __init__(self, layer: Recurrent | Bidirectional, *, dropout: float = 0.0, residual: bool = False) -> None:
-        super().__init__()
-        self.layer, self.residual = layer, residual
-        self.output_size = layer.output_size
-        self.norm = nn.LayerNorm(self.output_size)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        y, lengths = self.layer(x, lengths)
-        return self._after(x, y), lengths
-
-    def initial_state(self, batch_size: int) -> State:
-        return self.layer.initial_state(batch_size)
-
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        y, state = self.layer.step(x, state)
-        return self._after(x, y), state
-
-    def _after(self, x: Tensor, y: Tensor) -> Tensor:
-        y = self.dropout(self.norm(y))
-        return x + y if self.residual else y
-
-    def _nothing(self, batch_size: int) -> Tensor:
-        return self.norm.weight.new_zeros(batch_size, 0, self.output_size)
-
-
-def stacked(
-    name: str, input_size: int, size: int, *, bidirectional: bool, dropout: float = 0.0, residual: bool = False
-) -> Stacked:
-    """One layer of a stack of cells of the kind `name` (CELLS), its residual path left out where sizes differ."""
-    kind = CELLS[name]
-    layer = Recurrent(kind(input_size, size))
-    if bidirectional:
-        layer = Bidirectional(layer, Recurrent(kind(input_size, size)))
-    return Stacked(layer, dropout=dropout, residual=residual and layer.output_size == input_size)
-
-
-class SelfAttention(StreamingLayer):
-    """Each frame looks back at the frames before it and adds what it finds; placed after recurrent layers.
-
-    q, k, v = Q x, K x, V x
-    a_ts    = softmax over s of q_t . k_s / sqrt(size), t - past <= s <= t
-    y_t     = x_t + O sum_s a_ts v_s
-
-    Vaswani et al. 2017 with one head and a bounded past, so that a frame of a stream costs the same for ever: the
-    state is the last `past` keys, values, and 1 where a frame was (batch, past). O starts at zero: so y = x.
-
-    Args:
-        size: of x, y, and of keys and values.
-        past: frames before this one that are looked at.
-        both: look as many frames ahead as well; such a layer reads whole utterances and cannot stream.
-    """
-
-    def __init__(self, size: int, past: int, *, both: bool = False) -> None:
-        super().__init__()
-        self.size, self.past, self.both = size, past, both
-        self.qkv = nn.Linear(size, 3 * size, bias=False)
-        self.o = nn.Linear(size, size, bias=False)
-        nn.init.zeros_(self.o.weight)
-
-    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        there = valid(lengths, x.shape[1])
-        x = torch.where(there[..., None], x, 0.0)  # a weight of zero times NaN in the padding would be NaN
-        q, k, v = self.qkv(x).chunk(3, -1)
-        return x + self._attend(q, k, v, there), lengths
-
-    def initial_state(self, batch_size: int) -> State:
-        if self.both:
-            raise ModelError(
-                "attention in both directions reads whole utterances and cannot stream; use the model's streaming "
-                "network"
-            )
-        held = self.o.weight.new_zeros(batch_size, self.past, self.size)
-        return held, held.clone(), held.new_zeros(batch_size, self.past)
-
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        q, k, v = self.qkv(x).chunk(3, -1)
-        new = k, v, x.new_ones(x.shape[:2])
-        k, v, there = (torch.cat(pair, dim=1) for pair in zip(state, new, strict=True))
-        kept = tuple(s[:, s.shape[1] - self.past :].clone() for s in (k, v, there))
-        return x + self._attend(q, k, v, there > 0), kept
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, there: Tensor) -> Tensor:
-        """O sum a v; q (batch, time, size) belongs to the last frames of k, v (batch, frames, size)."""
-        frames = torch.arange(k.shape[1], device=k.device)
-        lag = frames[k.shape[1] - q.shape[1] :, None] - frames  # (time, frames)
-        near = (lag <= self.past) & (lag >= (-self.past if self.both else 0))
-        scores = q @ k.transpose(1, 2) / math.sqrt(self.size)
-        # finite, so that a frame of the padding, which sees nothing, has no NaN in its gradient
-        weights = scores.masked_fill(~(near & there[:, None]), -1e9).softmax(-1)
-        return self.o(weights @ v)
-
-    def _nothing(self, batch_size: int) -> Tensor:
-        return self.o.weight.new_zeros(batch_size, 0, self.size)

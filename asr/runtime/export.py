@@ -1,7 +1,8 @@
 """Export: a trained network as an ONNX graph that takes samples and keeps its state outside.
 
 The graph is built node by node, so that it holds what inference needs and no more: features as a matrix
-product, batch normalisation folded into the convolutions, one LSTM operator a layer.
+product, batch normalisation folded into the convolutions, one LSTM operator a layer (of the other cells, ONNX's
+operator where it has one, else a Scan with the cell's equations).
 """
 
 import json
@@ -23,6 +24,9 @@ from asr.errors import ModelError
 from asr.features import FLOOR, LogMel
 from asr.models import FORMAT_VERSION, Network, Output, load_network, replace_folder, save_network
 from asr.nn import LSTM, BiLSTM, LookAhead, Normalise, StreamingLayer, StridedConvolution
+from asr.nn.attention import SelfAttention
+from asr.nn.stack import Bidirectional, Recurrent, Stacked
+from asr.runtime.export_cells import run_cell
 from asr.runtime.folder import LM_FOLDER
 
 _OPSET = 20
@@ -54,7 +58,10 @@ def build_graph(network: Network) -> onnx.ModelProto:
 
 
 def quantise(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph with int8 LSTM weights, activations quantised as they come."""
+    """The same graph with int8 weights in its LSTM operators, activations quantised as they come.
+
+    What has no int8 kernel stays fp32: RNN, GRU, and the cells that run in a Scan.
+    """
     import tempfile
 
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -80,6 +87,7 @@ class _Builder:
         self.network = network
         self.streaming = not network.config.model.bidirectional
         self.nodes: list[onnx.NodeProto] = []
+        self.named = 0  # nodes so far, those inside a Scan among them
         self.constants: list[TensorProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
@@ -131,7 +139,8 @@ class _Builder:
 
     def op(self, kind: str, *inputs: str, name: str | None = None, outputs: int = 1, **attributes: Any) -> str:
         """Add a node; gives the name of its first output."""
-        first = name or f"{kind.lower()}_{len(self.nodes)}"
+        first = name or f"{kind.lower()}_{self.named}"
+        self.named += 1
         names = [first, *(f"{first}_{i}" for i in range(1, outputs))]
         self.nodes.append(helper.make_node(kind, list(inputs), names, name=first, **attributes))
         return first
@@ -229,6 +238,61 @@ class _Builder:
         return self.layer_norm(layer.norm, y)
 
     @add.register
+    def _(self, layer: Recurrent, x: str) -> str:
+        shapes = [s.shape[1] for s in layer.initial_state(1)]
+        if self.streaming:
+            olds, news = zip(*(self.state([size]) for size in shapes), strict=True)
+        else:
+            batch = self.op("Shape", x, start=1, end=2)
+            sizes = [self.op("Concat", batch, self.ints([size]), axis=0) for size in shapes]
+            olds, news = [self.op("ConstantOfShape", size) for size in sizes], [None] * len(shapes)  # zeros
+        y, results = run_cell(self, layer, x, olds)
+        for result, new in zip(results, news, strict=True):
+            if new:
+                self.op("Identity", result, name=new)
+        return y
+
+    @add.register
+    def _(self, layer: Bidirectional, x: str) -> str:
+        lengths = self.op("Cast", self.lengths, to=TensorProto.INT64)
+        ahead = self.add(layer.ahead, x)
+        back = self.add(layer.back, self.op("ReverseSequence", x, lengths, batch_axis=1, time_axis=0))
+        back = self.op("ReverseSequence", back, lengths, batch_axis=1, time_axis=0)
+        return self.op("Concat", ahead, back, axis=2)
+
+    @add.register
+    def _(self, layer: Stacked, x: str) -> str:
+        y = self.layer_norm(layer.norm, self.add(layer.layer, x))
+        return self.op("Add", x, y) if layer.residual else y
+
+    @add.register
+    def _(self, layer: SelfAttention, x: str) -> str:
+        qkv = self.linear(layer.qkv, self.op("Transpose", x, perm=[1, 0, 2]))
+        q = self.op("Split", qkv, outputs=3, axis=2, num_outputs=3)
+        k, v = f"{q}_1", f"{q}_2"
+        if self.streaming:
+            one = numpy_helper.from_array(np.ones(1, np.float32))
+            there = self.op("ConstantOfShape", self.op("Shape", q, start=0, end=2), value=one)
+            k, v = (self.with_history(part, layer.past, [layer.size]) for part in (k, v))
+            there = self.op("Cast", self.with_history(there, layer.past, []), to=TensorProto.BOOL)
+        zero, one = (self.constant(np.array(i, np.int32)) for i in (0, 1))
+        count = self.op("Cast", self.op("Squeeze", self.op("Shape", k, start=1, end=2)), to=TensorProto.INT32)
+        frames = self.op("Range", zero, count, one)
+        if self.streaming:
+            own = self.cut(frames, 0, layer.past)
+        else:
+            own, there = frames, self.op("Less", frames, self.op("Unsqueeze", self.lengths, self.ints([1])))
+        lag = self.op("Sub", self.op("Unsqueeze", own, self.ints([1])), frames)
+        past, ahead = (self.constant(np.array(n, np.int32)) for n in (layer.past, -layer.past if layer.both else 0))
+        near = self.op("And", self.op("LessOrEqual", lag, past), self.op("GreaterOrEqual", lag, ahead))
+        scale = self.constant(np.array(layer.size**-0.5, np.float32))
+        scores = self.op("Mul", self.op("MatMul", q, self.op("Transpose", k, perm=[0, 2, 1])), scale)
+        seen = self.op("And", near, self.op("Unsqueeze", there, self.ints([1])))
+        weights = self.op("Softmax", self.op("Where", seen, scores, self.constant(np.array(-1e9, np.float32))), axis=-1)
+        found = self.linear(layer.o, self.op("MatMul", weights, v))
+        return self.op("Add", x, self.op("Transpose", found, perm=[1, 0, 2]))
+
+    @add.register
     def _(self, layer: LookAhead, x: str) -> str:
         frames, size = layer.weight.shape
         old, new = self.state([frames - 1, size])
@@ -246,8 +310,11 @@ class _Builder:
 
     @add.register
     def _(self, layer: Output, x: str) -> str:
-        y = self.op("MatMul", x, self.constant(layer.linear.weight.T))
-        return self.op("LogSoftmax", self.op("Add", y, self.constant(layer.linear.bias)), axis=-1)
+        return self.op("LogSoftmax", self.linear(layer.linear, x), axis=-1)
+
+    def linear(self, layer: nn.Linear, x: str) -> str:
+        y = self.op("MatMul", x, self.constant(layer.weight.T))
+        return y if layer.bias is None else self.op("Add", y, self.constant(layer.bias))
 
     def lstm_weights(self, directions: list[nn.LSTM]) -> list[str]:
         """W, R and B of ONNX's LSTM from torch's, whose gates come as i, f, c, o and there as i, o, f, c."""
@@ -263,7 +330,7 @@ class _Builder:
         return [self.constant(w), self.constant(r), self.constant(b)]
 
     def layer_norm(self, norm: nn.LayerNorm, x: str) -> str:
-        weights = self.constant(norm.weight), self.constant(norm.bias)
+        weights = [self.constant(v) for v in (norm.weight, norm.bias) if v is not None]
         return self.op("LayerNormalization", x, *weights, axis=-1, epsilon=norm.eps)
 
 
