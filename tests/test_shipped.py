@@ -36,7 +36,12 @@ def in_chunks(samples: np.ndarray, sizes: list[int]) -> Iterator[np.ndarray]:
 
 def test_the_shipped_model_is_small_and_says_what_it_is() -> None:
     folder = shipped_model()
-    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 32_000_000
+
+    def size(*parts: str) -> int:
+        return sum(p.stat().st_size for part in parts for p in (folder / part).rglob("*"))
+
+    assert size("offline", "streaming") < 32_000_000
+    assert size("lm") < 12_000_000
     card = json.loads((folder / "card.json").read_text())
     assert {"name", "data", "accuracy", "command", "licence"} <= card.keys()
     assert all({"name", "licence", "hours"} <= source.keys() for source in card["data"])
