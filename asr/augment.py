@@ -28,7 +28,7 @@ def add_noise(audio: torch.Tensor, noise: torch.Tensor, snr_db: float) -> torch.
     """Mix noise (any length; repeated or cut to fit) into audio at a signal-to-noise ratio of the mean powers."""
     if not len(noise) or not len(audio):
         return audio
-    noise = noise.repeat(-(-len(audio) // len(noise)))[: len(audio)]
+    noise = repeat(noise, len(audio))
     power, noise_power = audio.square().mean(), noise.square().mean()
     if noise_power <= 0:
         return audio
@@ -75,6 +75,20 @@ def augment_audio(
         audio = add_noise(audio, noise, float(rng.uniform(low, high)))
     gain = 10 ** (rng.uniform(-config.gain_db, config.gain_db) / 20)
     return (audio * gain).clamp(-1.0, 1.0)
+
+
+def background(samples: int, noise: torch.Tensor | None, rng: np.random.Generator) -> torch.Tensor:
+    """What a room sounds like while nobody speaks: (samples,) noise at -70 to -20 dB full scale, or zeros."""
+    if noise is None:
+        return torch.zeros(samples)
+    noise = repeat(noise, samples)
+    level = 10 ** (rng.uniform(-70, -20) / 20)
+    return noise * (level / noise.square().mean().sqrt().clamp(min=1e-5))
+
+
+def repeat(audio: torch.Tensor, samples: int) -> torch.Tensor:
+    """(any length above 0,) -> (samples,): again and again, or cut."""
+    return audio.repeat(-(-samples // len(audio)))[:samples]
 
 
 def draw_masks(

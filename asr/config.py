@@ -113,6 +113,7 @@ class AugmentConfig:
     noise_snr_db: tuple[float, ...] = (5.0, 30.0)
     reverberation_probability: float = 0.0
     low_pass_probability: float = 0.0
+    silence_probability: float = 0.0  # an utterance gives way to noise alone, or to nothing, with an empty text
     time_masks: int = 2
     time_mask_frames: int = 30
     band_masks: int = 2
@@ -122,7 +123,7 @@ class AugmentConfig:
         _check(
             all(0.5 <= s <= 2 for s in self.speeds) and len(self.speeds) > 0, "augment.speeds", self.speeds, "0.5 to 2"
         )
-        for name in ("noise_probability", "reverberation_probability", "low_pass_probability"):
+        for name in (f.name for f in dataclasses.fields(self) if f.name.endswith("_probability")):
             _check(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "0 to 1")
         _check(len(self.noise_snr_db) == 2, "augment.noise_snr_db", self.noise_snr_db, "[lowest, highest]")
         _check(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -31,8 +32,10 @@ def recognize() -> None:
     """Transcribe the samples as a batch, then one of them as live audio."""
     utterances, _ = read_manifest(SAMPLES)
     started = time.perf_counter()
-    recognizer = Recognizer.load()
-    console.print(f"The shipped model, loaded in {time.perf_counter() - started:.2f} s.")
+    recognizer = Recognizer.load(decoding="beam")
+    for network in recognizer.networks:
+        recognizer.transcribe_batch([np.zeros(SAMPLE_RATE, np.float32)], network=network)  # opens it
+    console.print(f"The shipped model with its language model, loaded in {time.perf_counter() - started:.1f} s.")
 
     console.rule("A batch of recordings")
     show_batch(recognizer, utterances, network="offline")

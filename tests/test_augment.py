@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from asr.augment import add_noise, augment_audio, change_speed, draw_masks, filter_audio, room_response
+from asr.augment import add_noise, augment_audio, background, change_speed, draw_masks, filter_audio, room_response
 from asr.config import AugmentConfig
 
 BUSY = AugmentConfig(noise="n", noise_probability=1.0, reverberation_probability=1.0, low_pass_probability=1.0)
@@ -40,6 +40,14 @@ def test_noise_is_mixed_at_the_ratio_asked_for() -> None:
     ratio = 10 * torch.log10(clean.square().mean() / added.square().mean())
     assert abs(float(ratio) - 10) < 0.01
     assert torch.equal(add_noise(clean, torch.zeros(10), 10.0), clean)
+
+
+def test_background_is_quiet_noise_or_nothing() -> None:
+    rng = np.random.default_rng(0)
+    noise = torch.randn(700, generator=torch.Generator().manual_seed(0))
+    levels = [float(background(2_000, noise, rng).square().mean().log10() * 10) for _ in range(50)]
+    assert -71 < min(levels) < max(levels) < -19
+    assert torch.equal(background(10, None, rng), torch.zeros(10))
 
 
 def test_low_pass_removes_what_is_above() -> None:

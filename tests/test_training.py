@@ -1,5 +1,6 @@
 """Training: the data's order, what is left out, exact resumption, equal curves for one and two workers."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -123,6 +124,20 @@ def test_ranks_share_a_batch_without_overlap(tmp_path: Path) -> None:
     assert parts[0].token_count == whole.token_count
 
 
+def test_some_utterances_give_way_to_silence_with_an_empty_text(tmp_path: Path) -> None:
+    config = tone_config(write_corpus(tmp_path / "d"))
+    config = dataclasses.replace(config, augment=dataclasses.replace(config.augment, silence_probability=0.3))
+    corpus = Corpus(config.data.train)
+    plans = Sampler(corpus, config, 640).epoch(0)
+    batches = list(Loader(corpus, config, 160).batches(plans, 0))
+    lengths = torch.cat([b.token_lengths for b in batches])
+    assert 5 <= int((lengths == 0).sum()) <= 35
+    for batch in batches:
+        assert bool(batch.counts.all())
+        assert float(batch.audio[batch.token_lengths == 0].abs().sum()) == 0.0  # there is no noise to take
+        assert float(batch.audio[batch.token_lengths > 0].abs().sum(1).min()) > 0.0
+
+
 def test_ctc_equals_a_sum_over_all_paths() -> None:
     log_probs = torch.randn(1, 4, 3, dtype=torch.float64).log_softmax(-1)
     target = [1, 2]
@@ -131,7 +146,7 @@ def test_ctc_equals_a_sum_over_all_paths() -> None:
         collapsed = [p for i, p in enumerate(path) if p and (i == 0 or path[i - 1] != p)]
         if collapsed == target:
             total += float(np.exp(sum(float(log_probs[0, t, p]) for t, p in enumerate(path))))
-    loss = ctc(log_probs, torch.tensor([4]), torch.tensor([target]), torch.tensor([2]))
+    loss = ctc(log_probs, torch.tensor([4]), torch.tensor([target]), torch.tensor([2]), torch.tensor([True]))
     assert abs(float(loss) + np.log(total)) < 1e-5
 
 
@@ -187,8 +202,6 @@ def test_a_run_refuses_another_configuration(tmp_path: Path) -> None:
 def test_init_from_continues_and_refuses_another_shape(tmp_path: Path) -> None:
     folder = write_corpus(tmp_path / "d", rows=6)
     first = run_training(tone_config(folder, epochs=1), tmp_path / "first")
-    import dataclasses
-
     config = dataclasses.replace(tone_config(folder, epochs=1), init_from=str(first))
     run_training(config, tmp_path / "second")
     other = dataclasses.replace(tone_config(folder, epochs=1, bidirectional=False), init_from=str(first))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from asr.augment import SAMPLE_RATE, augment_audio, change_speed, draw_masks, draw_speed
+from asr.augment import SAMPLE_RATE, augment_audio, background, change_speed, draw_masks, draw_speed
 from asr.config import TrainConfig
 from asr.errors import ConfigError, TextError
 from asr.text import Tokenizer
@@ -20,7 +20,7 @@ from asr.training.shards import ShardDataset, Statistics
 
 EDGE_SAMPLES = SAMPLE_RATE // 4  # 250 ms of silence before and after: short words need frames to be written on
 _GRID = SAMPLE_RATE * 32 // 100  # batch lengths are rounded up to this: each new shape costs oneDNN a set-up
-_ORDER, _ROW = 0, 1  # streams of random numbers
+_ORDER, _ROW, _SILENCE = 0, 1, 2  # streams of random numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,9 @@ class Batch:
 
     Attributes:
         audio: (batch, samples) float32, edge silence included; lengths: (batch,) samples.
-        tokens: (batch, longest) int64, token_lengths: (batch,); likewise phones, of length 0 where unknown.
+        tokens: (batch, longest) int64, token_lengths: (batch,): 0 means that nothing is said; likewise phones,
+            of length 0 where unknown.
+        counts: (batch,) bool: False for a row that only keeps a rank without work in step.
         hidden_frames: (batch, feature frames) bool; hidden_bands: (batch, bands) bool: SpecAugment's masks.
         utterances: of the global batch, over all ranks; token_count, phone_count: likewise.
     """
@@ -38,6 +40,7 @@ class Batch:
     lengths: torch.Tensor
     tokens: torch.Tensor
     token_lengths: torch.Tensor
+    counts: torch.Tensor
     phones: torch.Tensor
     phone_lengths: torch.Tensor
     hidden_frames: torch.Tensor
@@ -204,7 +207,7 @@ class Loader:
             yield self.batch(plan, epoch)
 
     def batch(self, plan: _Planned, epoch: int) -> Batch:
-        """The tensors of one planned batch; a rank without a row of its own gets one of length-0 texts."""
+        """The tensors of one planned batch; a rank without a row of its own gets one that does not count."""
         corpus, bands = self.corpus, self.config.features.bands
         pairs = list(zip(plan.rows, plan.speeds, strict=True))
         mine = pairs[self.rank :: self.world]
@@ -216,31 +219,43 @@ class Loader:
         frames = plan.samples // self.hop
         hidden_frames = np.zeros((len(mine), frames), bool)
         hidden_bands = np.zeros((len(mine), bands), bool)
+        silent = {row for row in plan.rows if self._is_silent(row, epoch)}
         for i, (row, speed) in enumerate(mine):
             samples = corpus.audio(row)
             if self.augment:
                 rng = np.random.default_rng([self.config.training.seed, _ROW, epoch, int(row)])
                 samples = change_speed(samples, speed)
-                samples = augment_audio(samples, self.config.augment, rng, self._noise(rng))
+                noise = self._noise(rng)
+                if row in silent:
+                    samples = background(len(samples), noise, rng)
+                else:
+                    samples = augment_audio(samples, self.config.augment, rng, noise)
             samples = samples[: plan.samples - 2 * EDGE_SAMPLES]
             audio[i, EDGE_SAMPLES : EDGE_SAMPLES + len(samples)] = samples
             lengths[i] = len(samples) + 2 * EDGE_SAMPLES
             if self.augment:
                 n = int(lengths[i]) // self.hop
                 hidden_frames[i, :n], hidden_bands[i] = draw_masks(n, bands, self.config.augment, rng)
-        tokens, token_lengths = _pad([[] if idle else corpus.tokens[row] for row, _ in mine])
-        phones, phone_lengths = _pad([[] if idle else corpus.phone_ids[row] for row, _ in mine])
+        tokens, token_lengths = _pad([[] if row in silent else corpus.tokens[row] for row, _ in mine])
+        phones, phone_lengths = _pad([[] if idle or row in silent else corpus.phone_ids[row] for row, _ in mine])
         return Batch(
             audio=audio,
             lengths=lengths,
             tokens=tokens,
             token_lengths=token_lengths,
+            counts=torch.full((len(mine),), not idle),
             phones=phones,
             phone_lengths=phone_lengths,
             hidden_frames=torch.from_numpy(hidden_frames),
             hidden_bands=torch.from_numpy(hidden_bands),
             token_count=sum(len(corpus.tokens[row]) for row in plan.rows),
             phone_count=sum(len(corpus.phone_ids[row]) for row in plan.rows),
+        )
+
+    def _is_silent(self, row: int, epoch: int) -> bool:
+        chance = self.config.augment.silence_probability if self.augment else 0.0
+        return (
+            bool(chance) and np.random.default_rng([self.config.training.seed, _SILENCE, epoch, row]).random() < chance
         )
 
     def _noise(self, rng: np.random.Generator) -> torch.Tensor | None:

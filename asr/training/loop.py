@@ -262,7 +262,7 @@ class _Trainer:
         for plan in tuning_plan(self.dev, self.config.data.dev_minutes, self.config.training.batch_seconds):
             batch = self.dev_loader.batch(plan, 0).to(self.device)
             log_probs, frames = self.network(batch.audio, batch.lengths)
-            loss += float(ctc(log_probs, frames, batch.tokens, batch.token_lengths))
+            loss += float(ctc(log_probs, frames, batch.tokens, batch.token_lengths, batch.counts))
             tokens += batch.token_count
             for row, best, n in zip(plan.rows, log_probs.argmax(-1).cpu(), frames.cpu(), strict=True):
                 ids = torch.unique_consecutive(best[: int(n)]).tolist()

@@ -35,20 +35,20 @@ class Losses(nn.Module):
             features = features.masked_fill(hidden, 0.0)  # 0 is the mean
         with torch.autocast(features.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             log_probs, frames, phones = network.read_features(features, frames)
-        loss = ctc(log_probs, frames, batch.tokens, batch.token_lengths) / max(batch.token_count, 1)
+        loss = ctc(log_probs, frames, batch.tokens, batch.token_lengths, batch.counts) / max(batch.token_count, 1)
         total = loss
         if phones is not None and self.phone_weight:
-            phone_loss = ctc(phones, frames, batch.phones, batch.phone_lengths)
+            phone_loss = ctc(phones, frames, batch.phones, batch.phone_lengths, batch.phone_lengths > 0)
             total = loss + self.phone_weight * phone_loss / max(batch.phone_count, 1)
         return total, loss.detach()
 
 
-def ctc(log_probs: Tensor, frames: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
-    """Summed CTC loss of the rows that have a target: log_probs (batch, time, tokens) -> scalar."""
+def ctc(log_probs: Tensor, frames: Tensor, targets: Tensor, target_lengths: Tensor, counts: Tensor) -> Tensor:
+    """Summed CTC loss of the rows that count: log_probs (batch, time, tokens), counts (batch,) bool -> scalar."""
     losses = F.ctc_loss(
         log_probs.float().transpose(0, 1), targets, frames, target_lengths, reduction="none", zero_infinity=True
     )
-    return torch.where(target_lengths > 0, losses, 0.0).sum()
+    return torch.where(counts, losses, 0.0).sum()
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
