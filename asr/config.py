@@ -57,7 +57,8 @@ class ModelConfig:
     attention: int = 0  # frames of the past that self-attention after the recurrent layers sees (both ways offline)
 
     def __post_init__(self) -> None:
-        _check(len(self.channels) > 0, "model.channels", self.channels, "a list of at least one width")
+        widths = len(self.channels) > 0 and min(self.channels) > 0
+        _check(widths, "model.channels", self.channels, "a list of at least one width above 0")
         for name in ("kernels", "strides"):
             value = getattr(self, name)
             _check(len(value) == len(self.channels), f"model.{name}", value, "as many as model.channels")
@@ -98,6 +99,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check(len(self.train) > 0, "data.train", self.train, "a list of at least one prepared folder")
         _check(self.max_seconds > 0, "data.max_seconds", self.max_seconds, "above 0")
+        _check(self.dev_minutes > 0, "data.dev_minutes", self.dev_minutes, "above 0")
         for source, weight in self.weights.items():
             _check(0 <= weight <= 1, f"data.weights.{source}", weight, "0 to 1")
 
@@ -125,7 +127,10 @@ class AugmentConfig:
         )
         for name in (f.name for f in dataclasses.fields(self) if f.name.endswith("_probability")):
             _check(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "0 to 1")
-        _check(len(self.noise_snr_db) == 2, "augment.noise_snr_db", self.noise_snr_db, "[lowest, highest]")
+        low_high = len(self.noise_snr_db) == 2 and self.noise_snr_db[0] <= self.noise_snr_db[1]
+        _check(low_high, "augment.noise_snr_db", self.noise_snr_db, "[lowest, highest]")
+        for name in ("gain_db", "time_masks", "time_mask_frames", "band_masks", "band_mask_bands"):
+            _check(getattr(self, name) >= 0, f"augment.{name}", getattr(self, name), "at least 0")
         _check(
             self.noise_probability == 0 or self.noise != "", "augment.noise", self.noise,
             "a prepared folder where augment.noise_probability is above 0",
@@ -161,6 +166,8 @@ class TrainingConfig:
         _check(self.accumulate >= 1, "training.accumulate", self.accumulate, "at least 1")
         _check(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "above 0")
         _check(self.clip_norm > 0, "training.clip_norm", self.clip_norm, "above 0")
+        for name in ("warmup_steps", "weight_decay", "phone_weight", "curriculum_seconds", "curriculum_step_seconds"):
+            _check(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "at least 0")
         _check(
             self.precision in ("auto", "fp32", "bf16"), "training.precision", self.precision, '"auto", "fp32" or "bf16"'
         )
@@ -179,6 +186,10 @@ class TrainConfig:
     features: FeatureConfig = FeatureConfig()
     augment: AugmentConfig = AugmentConfig()
     init_from: str = ""
+
+    def __post_init__(self) -> None:
+        bands = self.augment.band_mask_bands
+        _check(bands <= self.features.bands, "augment.band_mask_bands", bands, "at most features.bands")
 
 
 @dataclass(frozen=True, kw_only=True)

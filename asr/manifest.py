@@ -212,6 +212,7 @@ def _read_folder(path: Path) -> Iterator[_Row | Problem]:
 def _read_recordings(folder: Path) -> Iterator[_Row | Problem]:
     """A folder of recordings, each with its text in a .txt of the same name."""
     found = False
+    with_texts = next(folder.rglob("*.txt"), None) is not None  # without any it is noise, or speech to be recognized
     for parent, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):
@@ -219,6 +220,9 @@ def _read_recordings(folder: Path) -> Iterator[_Row | Problem]:
             if recording.suffix.lower() not in _RECORDINGS or name.startswith("."):
                 continue
             found = True
+            if not with_texts:
+                yield str(recording), {"audio": str(recording)}
+                continue
             beside = recording.with_suffix(".txt")
             try:
                 text = beside.read_text(encoding="utf-8-sig")

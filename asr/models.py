@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from asr.config import NetworkConfig, from_dict, read_toml, to_toml
 from asr.errors import ModelError
 from asr.features import LogMel
+from asr.files import replace_folder
 from asr.nn import (
     LSTM,
     BiLSTM,
@@ -135,16 +136,8 @@ def save_network(network: Network, folder: str | Path, *, dtype: torch.dtype = t
         for name, value in network.state_dict().items()
     }
     save_file(weights, temporary / "weights.safetensors")
+    (temporary / "weights.safetensors").chmod(0o644)  # safetensors makes it private
     replace_folder(temporary, folder)
-
-
-def replace_folder(temporary: Path, folder: Path) -> None:
-    """Move a finished folder to its place; what was there before goes."""
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_network(folder: str | Path) -> Network:

@@ -4,6 +4,7 @@ Everything that is compared runs interleaved in one process, round after round, 
 drifts changes a ratio little. Figures are medians over the rounds.
 """
 
+import copy
 import dataclasses
 import json
 import statistics
@@ -225,18 +226,23 @@ def _whole_files(folder: Path, speech: list[np.ndarray], rounds: int, threads: i
 
 
 class _PackedBiLSTM(BiLSTM):
-    """The same layer by torch's own means for padded batches."""
+    """The same layer, with the same weights, by torch's own means for padded batches.
+
+    Args:
+        layer: whose weights are shared.
+    """
+
+    def __init__(self, layer: BiLSTM) -> None:
+        nn.Module.__init__(self)
+        self.norm, self.dropout = layer.norm, layer.dropout
+        self.both = nn.LSTM(layer.ahead.input_size, layer.ahead.hidden_size, batch_first=True, bidirectional=True)
+        ahead, back = layer.ahead.named_parameters(), layer.back.named_parameters()
+        for name, value in [*ahead, *((f"{name}_reverse", value) for name, value in back)]:
+            setattr(self.both, name, value)
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        both = nn.LSTM(x.shape[2], self.ahead.hidden_size, batch_first=True, bidirectional=True)
-        for name, value in [
-            *self.ahead.named_parameters(),
-            *((f"{n}_reverse", p) for n, p in self.back.named_parameters()),
-        ]:
-            both._parameters[name] = value  # type: ignore[assignment]
-        both._flat_weights = [both._parameters[n] for n in both._flat_weights_names]  # type: ignore[assignment]
         packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-        y, _ = pad_packed_sequence(both(packed)[0], batch_first=True, total_length=x.shape[1])
+        y, _ = pad_packed_sequence(self.both(packed)[0], batch_first=True, total_length=x.shape[1])
         return self.dropout(self.norm(y)), lengths
 
 
@@ -256,7 +262,7 @@ def _training(network: Network, rounds: int) -> list[Figure]:
     )  # fmt: skip
     precision = choose_precision("auto", torch.device("cpu"))
 
-    def step(precision: str) -> Callable[[], None]:
+    def step(network: Network, precision: str) -> Callable[[], None]:
         losses = Losses(network, 0.0, precision).train()
         optimizer = torch.optim.AdamW(network.parameters(), 1e-9)
 
@@ -267,20 +273,16 @@ def _training(network: Network, rounds: int) -> list[Figure]:
 
         return run
 
-    def packed() -> None:
-        layers = [layer for layer in network.layers if isinstance(layer, BiLSTM)]
-        for layer in layers:
-            layer.__class__ = _PackedBiLSTM
-        try:
-            ours()
-        finally:
-            for layer in layers:
-                layer.__class__ = BiLSTM
-
-    ours = step("fp32")
-    parts: dict[str, Callable[[], object]] = {"pack_padded_sequence, fp32": packed, "ours, fp32": ours}
+    packed = copy.deepcopy(network)
+    for i, layer in enumerate(packed.layers):
+        if isinstance(layer, BiLSTM):
+            packed.layers[i] = _PackedBiLSTM(layer)
+    parts: dict[str, Callable[[], object]] = {
+        "pack_padded_sequence, fp32": step(packed, "fp32"),
+        "ours, fp32": step(network, "fp32"),
+    }
     if precision == "bf16":
-        parts["ours, bf16"] = step("bf16")
+        parts["ours, bf16"] = step(network, "bf16")
     return _interleaved(
         "training, offline network", "audio s a second", float(lengths.sum()) / SAMPLE_RATE, parts, rounds
     )

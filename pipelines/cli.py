@@ -21,8 +21,8 @@ Recognize with the model that comes along:
   asr stream talk.wav --realtime   [dim]# a file as if it were live[/dim]
 
 Train a model on recordings of your own:
-  asr prepare train.jsonl --out prepared/train --workers 2
-  asr train configs/english_streaming.toml --workers 2 --out runs/mine
+  asr prepare train.jsonl --out data/mine --workers 2
+  asr train configs/own_streaming.toml --workers 2 --out runs/mine
   asr evaluate --model runs/mine/model test.jsonl --streaming
   asr export runs/mine -o mymodel
   asr train-lm text.txt --out mymodel  [dim]# then: --decoding beam[/dim]
@@ -493,6 +493,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # a full disk, a folder without permission
+        _tell(f"error: {error.filename or 'input/output'}: {error.strerror or error}")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

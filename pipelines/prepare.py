@@ -402,6 +402,7 @@ def _assemble(
     dataset = {
         "version": VERSION,
         "sample_rate": SAMPLE_RATE,
+        "features": asdict(FeatureConfig()),
         "store": store,
         "shards": told,
         "utterances": sum(shard["utterances"] for shard in told),

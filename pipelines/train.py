@@ -1,11 +1,13 @@
 """Train with Ray Train: the loop of asr.training on one or more workers, resumed where it stopped."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 from asr.config import TrainConfig, from_dict, to_toml
 from asr.errors import AsrError
+from asr.files import write_atomically
 
 
 def train(config: TrainConfig, out: str | Path, *, workers: int = 1, address: str | None = None) -> Path:
@@ -22,10 +24,11 @@ def train(config: TrainConfig, out: str | Path, *, workers: int = 1, address: st
     """
     run = Path(out).absolute()
     config = _with_absolute_paths(config)
+    from asr.training.loop import check_inputs, run_training
+
+    check_inputs(config, run)  # what cannot start is told here, not by a worker that Ray would start again
     if workers == 0:
         import torch
-
-        from asr.training.loop import run_training
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network = run_training(config, run, device=device)
@@ -34,7 +37,24 @@ def train(config: TrainConfig, out: str | Path, *, workers: int = 1, address: st
     from asr.runtime.export import write_graphs
 
     write_graphs(network)
+    _write_card(config, run)
     return run / "model"
+
+
+def _write_card(config: TrainConfig, run: Path) -> None:
+    """Say in RUN/model/card.json what the model was trained on and how it scored."""
+    from asr.training.shards import ShardDataset
+
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    scores = [row for row in rows if row["kind"] == "dev"]
+    data = [ShardDataset(folder) for folder in config.data.train]
+    card = {
+        "name": run.name,
+        "sample_rate": config.features.sample_rate,
+        "data": [{"name": d.folder.name, "hours": round(d.info["seconds"] / 3600, 2)} for d in data],
+        "accuracy": [{"epoch": row["epoch"] + 1, "wer": row["wer"], "cer": row["cer"]} for row in scores],
+    }
+    write_atomically(run / "model" / "card.json", json.dumps(card, indent=1) + "\n")
 
 
 def _train_on_ray(config: TrainConfig, run: Path, workers: int, address: str | None) -> Path:
@@ -64,9 +84,8 @@ def _train_on_ray(config: TrainConfig, run: Path, workers: int, address: str | N
                 trainer.fit()
         except Exception as error:  # Ray wraps what a worker raised: give the reader the cause, not the wrapping
             cause = _own_error(error)
-            if cause is None:
-                raise
-            raise AsrError(str(cause)) from error
+            reason = str(cause) if cause else f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+            raise AsrError(f"{reason} (run again to go on from the last checkpoint in {run})") from error
     return run / "model" / config.model.kind
 
 

@@ -353,3 +353,11 @@ def test_the_shared_data():
         assert len(utterances) == count
         assert all(Path(u.audio).is_file() and u.duration for u in utterances)
         assert all((u.text is None) == name.startswith("noise") for u in utterances)
+
+
+def test_a_folder_of_recordings_without_any_text_is_noise_or_unlabelled_speech(tmp_path: Path) -> None:
+    for name in ("b.wav", "a.flac"):
+        (tmp_path / name).write_bytes(b"")
+    rows, problems = read_manifest(tmp_path)
+    assert [(row.id, row.text) for row in rows] == [("a", None), ("b", None)]
+    assert problems == []

@@ -41,7 +41,8 @@ def write_corpus(folder: Path, rows: int = 60, seed: int = 0, extra: list[dict] 
     shard = {"file": "shard-00000.arrow", "utterances": len(data), "seconds": 1.0}
     info = {
         "version": 1, "sample_rate": 16_000, "store": "audio", "shards": [shard], "utterances": len(data),
-        "seconds": 1.0, "skipped": 0, "characters": {}, "frames": 100, "mean": [-9.0] * 20, "variance": [9.0] * 20,
+        "seconds": 1.0, "skipped": 0, "characters": {}, "features": dataclasses.asdict(FeatureConfig(bands=20)),
+        "frames": 100, "mean": [-9.0] * 20, "variance": [9.0] * 20,
     }  # fmt: skip
     (folder / "dataset.json").write_text(json.dumps(info))
     return folder
@@ -197,6 +198,30 @@ def test_a_run_refuses_another_configuration(tmp_path: Path) -> None:
     run_training(tone_config(folder, epochs=1), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"\[training\] differ"):
         run_training(tone_config(folder, epochs=2), tmp_path / "run")
+
+
+def test_a_start_that_failed_leaves_nothing_behind(tmp_path: Path) -> None:
+    folder = write_corpus(tmp_path / "d", rows=6)
+    config = tone_config(folder, epochs=1)
+    missing = dataclasses.replace(config, data=dataclasses.replace(config.data, train=(str(tmp_path / "typo"),)))
+    with pytest.raises(ConfigError, match="typo"):
+        run_training(missing, tmp_path / "run")
+    run_training(config, tmp_path / "run")
+
+
+def test_without_tuning_data_the_average_is_kept(tmp_path: Path) -> None:
+    config = tone_config(write_corpus(tmp_path / "d", rows=6), epochs=2)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, dev=()))
+    load_network(run_training(config, tmp_path / "run"))
+    end = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert end["text"] == "no tuning data (data.dev): the mean of the last 2 epochs is kept"
+
+
+def test_data_of_other_features_is_refused(tmp_path: Path) -> None:
+    config = tone_config(write_corpus(tmp_path / "d", rows=6))
+    other = dataclasses.replace(config, features=dataclasses.replace(config.features, low_hz=100.0))
+    with pytest.raises(ConfigError, match="statistics"):
+        run_training(other, tmp_path / "run")
 
 
 def test_init_from_continues_and_refuses_another_shape(tmp_path: Path) -> None:

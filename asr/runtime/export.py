@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from asr.errors import ModelError
 from asr.features import FLOOR, LogMel
-from asr.models import FORMAT_VERSION, Network, Output, load_network, replace_folder, save_network
+from asr.files import replace_folder, write_atomically
+from asr.models import FORMAT_VERSION, Network, Output, load_network, save_network
 from asr.nn import LSTM, BiLSTM, LookAhead, Normalise, StreamingLayer, StridedConvolution
 from asr.nn.attention import SelfAttention
 from asr.nn.stack import Bidirectional, Recurrent, Stacked
@@ -374,17 +375,20 @@ def export_model(sources: list[Path], out: Path, to: str = "model", *, small: bo
     Raises:
         ModelError: a source holds no network.
     """
+    out = out.absolute()
+    if to == "model":
+        _check_replaceable(out)
     networks: dict[str, Path] = {}
-    card: dict = {}
-    language_model: Path | None = None
+    card = json.dumps({"name": out.name}) + "\n"  # what several sources say of themselves is true of none of the joined
+    language_model = out / LM_FOLDER if (out / LM_FOLDER).is_dir() else None
     for source in sources:
         folder = source / "model" if (source / "model").is_dir() else source
         found = [kind for kind in ("offline", "streaming") if (folder / kind / "weights.safetensors").is_file()]
         if not found:
             raise ModelError(f"{source}: neither a run nor a model folder (no offline/ or streaming/ network in it)")
         networks |= {kind: folder / kind for kind in found}
-        if (folder / "card.json").is_file():
-            card |= json.loads((folder / "card.json").read_text(encoding="utf-8"))
+        if len(sources) == 1 and (folder / "card.json").is_file():
+            card = (folder / "card.json").read_text(encoding="utf-8")
         if (folder / LM_FOLDER).is_dir():
             language_model = folder / LM_FOLDER
     if to == "model":
@@ -403,7 +407,18 @@ def export_model(sources: list[Path], out: Path, to: str = "model", *, small: bo
     return written
 
 
-def _write_model(networks: dict[str, Path], card: dict, language_model: Path | None, out: Path, small: bool) -> Path:
+def _check_replaceable(out: Path) -> None:
+    """Refuse to put a model where something else lies."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ModelError(f"{out}: is a file; name a folder to write")
+    others = sorted({p.name for p in out.iterdir()} - {"offline", "streaming", "card.json", LM_FOLDER})
+    if others:
+        raise ModelError(f"{out}: holds other things than a model ({', '.join(others[:3])}); name another folder")
+
+
+def _write_model(networks: dict[str, Path], card: str, language_model: Path | None, out: Path, small: bool) -> Path:
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -412,6 +427,6 @@ def _write_model(networks: dict[str, Path], card: dict, language_model: Path | N
         write_graphs(temporary / kind, precisions=("int8",) if small else ("fp32", "int8"))
     if language_model is not None:
         shutil.copytree(language_model, temporary / LM_FOLDER)
-    (temporary / "card.json").write_text(json.dumps(card or {"name": out.name}, indent=1) + "\n", encoding="utf-8")
+    write_atomically(temporary / "card.json", card)
     replace_folder(temporary, out)
     return out

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from asr.errors import ModelError
-from asr.models import Network, replace_folder
+from asr.files import replace_folder
+from asr.models import Network
 
 _KEPT = 2
 
@@ -29,7 +30,7 @@ def save_checkpoint(
     """Write `folder`/step-NNNNNNNN and remove all but the newest two.
 
     Args:
-        random_states: torch's generator state of each rank.
+        random_states: `random_state` of each rank.
         progress: anything JSON holds: the position in the data, the best score, counters.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,14 +53,23 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if (p / "progress.json").is_file())
 
 
-def load_checkpoint(path: Path, network: Network, optimizer: torch.optim.Optimizer, rank: int) -> dict:
+def random_state(device: torch.device) -> Tensor:
+    """The states of torch's generators that training draws from, the CPU's and the GPU's: (bytes,) uint8."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
+
+
+def load_checkpoint(
+    path: Path, network: Network, optimizer: torch.optim.Optimizer, rank: int, device: torch.device
+) -> dict:
     """Restore a checkpoint into the network, the optimiser and this process's generator; gives its progress.
 
     Raises:
         ModelError: a file is unreadable or belongs to another network.
     """
     try:
-        device = next(network.parameters()).device
         network.load_state_dict(load_file(path / "weights.safetensors"))
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in load_file(path / "optimizer.safetensors").items():
@@ -72,7 +82,10 @@ def load_checkpoint(path: Path, network: Network, optimizer: torch.optim.Optimiz
         raise ModelError(f"{path}: cannot continue from this checkpoint: {str(error).splitlines()[0]}") from error
     own = states.get(f"rank-{rank}")
     if own is not None:
-        torch.set_rng_state(own)
+        size = len(torch.get_rng_state())
+        torch.set_rng_state(own[:size])
+        if device.type == "cuda" and len(own) > size:
+            torch.cuda.set_rng_state(own[size:], device)
     return progress
 
 

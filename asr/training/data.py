@@ -33,7 +33,7 @@ class Batch:
             of length 0 where unknown.
         counts: (batch,) bool: False for a row that only keeps a rank without work in step.
         hidden_frames: (batch, feature frames) bool; hidden_bands: (batch, bands) bool: SpecAugment's masks.
-        utterances: of the global batch, over all ranks; token_count, phone_count: likewise.
+        token_count, phone_count: of the global batch, over all ranks.
     """
 
     audio: torch.Tensor

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torchaudio
@@ -17,13 +16,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
 from asr.augment import SAMPLE_RATE
-from asr.config import NetworkConfig, TrainConfig, to_toml
+from asr.config import FeatureConfig, NetworkConfig, TrainConfig, load_config, to_toml
 from asr.errors import AsrError, ConfigError
+from asr.files import write_atomically
 from asr.models import FORMAT_VERSION, Network, load_network, save_network
 from asr.text import Tokenizer
-from asr.training.checkpoint import average_weights, checkpoints, load_checkpoint, save_checkpoint
+from asr.training.checkpoint import average_weights, checkpoints, load_checkpoint, random_state, save_checkpoint
 from asr.training.data import Corpus, Loader, Sampler, tuning_plan
 from asr.training.display import Display
+from asr.training.shards import ShardDataset
 from asr.training.step import Losses, choose_precision, ctc, learning_rate
 
 _BAD_STEPS_IN_A_ROW = 20
@@ -67,7 +68,7 @@ class _Trainer:
     def __init__(self, config: TrainConfig, run: Path, rank: int, world: int, device: torch.device) -> None:
         self.config, self.run, self.rank, self.world, self.device = config, run, rank, world, device
         self.display = Display(quiet=rank > 0)
-        _check_same_config(run, config, write=rank == 0)
+        check_inputs(config, run)
         start = load_network(config.init_from) if config.init_from else None
         kept = run / "tokens.txt"
         tokenizer = Tokenizer.load(kept) if kept.is_file() else start.tokenizer if start else None
@@ -95,6 +96,8 @@ class _Trainer:
         self.step = 0
         self.bad_steps = 0  # in a row, with a non-finite gradient
         self.description = self._describe(precision)
+        if rank == 0:  # only now: a start that failed leaves no configuration behind
+            write_atomically(run / "config.toml", to_toml(config))
 
     def _new_network(self, start: Network | None) -> Network:
         config = self.config
@@ -102,7 +105,7 @@ class _Trainer:
         mean = torch.tensor(statistics.mean, dtype=torch.float32)
         variance = torch.tensor(statistics.variance, dtype=torch.float32)
         settings = NetworkConfig(format_version=FORMAT_VERSION, features=config.features, model=config.model)
-        phones = self.corpus.phones if config.model.phone_layer else ()
+        phones = self.corpus.phones if config.model.phone_layer and config.training.phone_weight else ()
         with torch.random.fork_rng():
             torch.manual_seed(config.training.seed)  # the same first weights on every rank
             network = Network(settings, self.corpus.tokenizer, mean, variance, phones)
@@ -130,7 +133,7 @@ class _Trainer:
         config = self.config
         found = checkpoints(self.run / "checkpoints")
         if found:
-            self.progress = load_checkpoint(found[-1], self.network, self.optimizer, self.rank)
+            self.progress = load_checkpoint(found[-1], self.network, self.optimizer, self.rank, self.device)
             self.step = self.progress.pop("step")
         elif self.rank == 0:
             self.corpus.tokenizer.save(self.run / "tokens.txt")
@@ -144,10 +147,6 @@ class _Trainer:
                     metrics = {"epoch": epoch, "step": self.step, **self._tune(epoch)}
                     if report:
                         report(metrics)
-            except KeyboardInterrupt:
-                if self.world == 1:
-                    self._save()
-                raise
             finally:
                 if self.writer:
                     self.writer.close()
@@ -194,15 +193,13 @@ class _Trainer:
                 loss, seconds = sums[0], float(sums[1])
             self.progress["audio_seconds"] += seconds
             self.progress["batch"] = start + len(group)
-            if self.progress["batch"] < len(planned):
-                self._log(
-                    "step", epoch=epoch, loss=float(loss), learning_rate=rate, gradient_norm=float(norm),
-                    skipped=self.progress["skipped"], audio_hours=self.progress["audio_seconds"] / 3600,
-                    speed=seconds / (time.perf_counter() - clock),
-                )  # fmt: skip
-                if self.step % training.checkpoint_steps == 0:
-                    self._save()
-        self.progress["epoch"], self.progress["batch"] = epoch + 1, 0
+            self._log(
+                "step", epoch=epoch, loss=float(loss), learning_rate=rate, gradient_norm=float(norm),
+                skipped=self.progress["skipped"], audio_hours=self.progress["audio_seconds"] / 3600,
+                speed=seconds / (time.perf_counter() - clock),
+            )  # fmt: skip
+            if self.progress["batch"] < len(planned) and self.step % training.checkpoint_steps == 0:
+                self._save()
 
     def _log(self, kind: str, **values: float | str) -> None:
         """Add a row to log.jsonl, to TensorBoard and to what a person sees; rank 0 alone."""
@@ -217,7 +214,7 @@ class _Trainer:
                 self.writer.add_scalar(f"{kind}/{name}", value, self.step)
 
     def _save(self) -> None:
-        states = [torch.get_rng_state()]
+        states = [random_state(self.device)]
         if self.world > 1:
             gathered = [torch.empty_like(states[0], device=self.device) for _ in range(self.world)]
             dist.all_gather(gathered, states[0].to(self.device))
@@ -239,6 +236,7 @@ class _Trainer:
             if metrics.get("cer", 0.0) <= self.progress["best"]:
                 self.progress["best"] = metrics.get("cer", 0.0)
                 save_network(self.network, self.run / "best")
+        self.progress["epoch"], self.progress["batch"] = epoch + 1, 0
         self._save()
         return metrics
 
@@ -285,43 +283,45 @@ class _Trainer:
             best = load_network(self.run / "best")
             epochs = sorted((self.run / "epochs").glob("*.safetensors"))
             self.network.load_state_dict(average_weights(epochs))
-            averaged = self._score().get("cer", math.inf)
-            if averaged <= self.progress["best"]:
+            if self.dev is None:
                 save_network(self.network, folder)
+                self._log("end", text=f"no tuning data (data.dev): the mean of the last {len(epochs)} epochs is kept")
             else:
-                save_network(best, folder)
-            best_cer = self.progress["best"]
-            self._log("end", text=f"CER of the best epoch {best_cer:.1%}, of the mean of the last {averaged:.1%}")
+                best_cer, averaged = self.progress["best"], self._score()["cer"]
+                save_network(self.network if averaged <= best_cer else best, folder)
+                self._log("end", text=f"CER of the best epoch {best_cer:.1%}, of the mean of the last {averaged:.1%}")
         if self.world > 1:
             dist.barrier()
         return folder
 
 
-def _check_same_config(run: Path, config: TrainConfig, *, write: bool) -> None:
-    """A run goes on only with the configuration that it started with; threads and intervals may differ."""
-    path = run / "config.toml"
-    if path.is_file():
-        from asr.config import load_config
+def check_inputs(config: TrainConfig, run: Path) -> None:
+    """Refuse a training that cannot start, before anything is written or another process started.
 
-        def core(c: TrainConfig) -> TrainConfig:
-            free = {"threads": 1, "checkpoint_steps": 1, "average": 1}
-            return dataclasses.replace(c, training=dataclasses.replace(c.training, **free))
+    Raises:
+        AsrError: prepared data is missing or was made with other features, `init_from` is no network, or the run
+            was started with another configuration (threads, checkpoint_steps and average may differ).
+    """
+    for folder in (*config.data.train, *config.data.dev, *filter(None, [config.augment.noise])):
+        made_with = ShardDataset(folder).info.get("features", dataclasses.asdict(FeatureConfig()))
+        if made_with != dataclasses.asdict(config.features):
+            raise ConfigError(f"{folder}: its statistics are of features {made_with}, [features] asks for others")
+    if config.init_from:
+        load_network(config.init_from)
+    if not checkpoints(run / "checkpoints"):
+        return
 
-        before = load_config(path)
-        if core(before) != core(config):
-            different = [
-                f.name
-                for f in dataclasses.fields(config)
-                if getattr(core(before), f.name) != getattr(core(config), f.name)
-            ]
-            raise ConfigError(
-                f"{run}: was started with another configuration ([{'], ['.join(different)}] differ); "
-                "give another --out, or the same values"
-            )
-    if write:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(to_toml(config), encoding="utf-8")
-        os.replace(temporary, path)
+    def core(c: TrainConfig) -> TrainConfig:
+        free = {"threads": 1, "checkpoint_steps": 1, "average": 1}
+        return dataclasses.replace(c, training=dataclasses.replace(c.training, **free))
+
+    before, now = core(load_config(run / "config.toml")), core(config)
+    names = [f.name for f in dataclasses.fields(config) if getattr(before, f.name) != getattr(now, f.name)]
+    if names:
+        raise ConfigError(
+            f"{run}: was started with another configuration ([{'], ['.join(names)}] differ); "
+            "give another --out, or the same values"
+        )
 
 
 def _take_weights(network: Network, start: Network) -> None:
@@ -333,17 +333,3 @@ def _take_weights(network: Network, start: Network) -> None:
     if body:
         raise ConfigError(f"init_from: {len(body)} tensors do not fit, the first is {body[0]}; use the same [model]")
     network.load_state_dict({**own, **fitting})
-
-
-def training_audio_hours(config: TrainConfig) -> np.ndarray:
-    """Hours of audio that each epoch of a training reads: (epochs,)."""
-    corpus = Corpus(config.data.train)
-    stride = math.prod(config.model.strides) * config.features.sample_rate * config.features.hop_ms // 1000
-    sampler = Sampler(corpus, config, stride)
-    per_epoch = []
-    for epoch in range(config.training.epochs):
-        rows = [
-            (row, speed) for plan in sampler.epoch(epoch) for row, speed in zip(plan.rows, plan.speeds, strict=True)
-        ]
-        per_epoch.append(sum(corpus.n_samples[row] / speed for row, speed in rows) / SAMPLE_RATE / 3600)
-    return np.array(per_epoch)

@@ -78,14 +78,20 @@ class ShardDataset:
             self.info = json.loads((self.folder / "dataset.json").read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise ConfigError(f"{folder}: no prepared data (dataset.json is missing); run `asr prepare`") from error
+        except OSError as error:
+            raise ConfigError(f"{folder}: cannot be read ({error.strerror})") from error
         except ValueError as error:
             raise ConfigError(f"{folder}/dataset.json: not JSON ({error}); run `asr prepare` again") from error
         if self.info.get("version") != VERSION:
             raise ConfigError(f"{folder}: version {self.info.get('version')}, this program reads {VERSION}")
         tables = []
         for shard in self.info["shards"]:
-            with pa.memory_map(str(self.folder / shard["file"])) as source:
-                tables.append(pa.ipc.open_file(source).read_all())
+            path = self.folder / shard["file"]
+            try:
+                with pa.memory_map(str(path)) as source:
+                    tables.append(pa.ipc.open_file(source).read_all())
+            except (OSError, pa.ArrowInvalid) as error:
+                raise ConfigError(f"{path}: missing or damaged ({error}); run `asr prepare` again") from error
         self._table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
         self.n_samples: np.ndarray = self._table["n_samples"].to_numpy()
         self.texts: list[str] = self._table["text"].to_pylist()
