@@ -254,7 +254,8 @@ def _training(network: Network, rounds: int) -> list[Figure]:
     longest = int(lengths.max())
     batch = Batch(
         audio=torch.randn(rows, longest) * 0.1, lengths=lengths, tokens=tokens,
-        token_lengths=torch.full((rows,), 100), phones=torch.zeros(rows, 1, dtype=torch.long),
+        token_lengths=torch.full((rows,), 100), counts=torch.ones(rows, dtype=torch.bool),
+        phones=torch.zeros(rows, 1, dtype=torch.long),
         phone_lengths=torch.zeros(rows, dtype=torch.long),
         hidden_frames=torch.zeros(rows, longest // 160, dtype=torch.bool),
         hidden_bands=torch.zeros(rows, network.config.features.bands, dtype=torch.bool),

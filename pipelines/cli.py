@@ -234,7 +234,7 @@ def stream(
         source = FileSource(audio, realtime=realtime)
     else:
         source = MicrophoneSource(int(device) if device is not None and device.isdecimal() else device)
-        _tell(f"listening at {source.sample_rate} Hz; Ctrl-C ends")
+        _tell(f"opening the microphone at {source.sample_rate} Hz; Ctrl-C ends")
     with terminal() as screen:
         _, timing, interrupted = run(source, options, screen)
     _tell(str(timing))
