@@ -12,6 +12,17 @@ from asr.config import AugmentConfig
 SAMPLE_RATE = 16_000
 
 
+def changes_waveform(config: AugmentConfig) -> bool:
+    """Whether anything but masks of the features is asked for."""
+    chances = (
+        config.noise_probability,
+        config.reverberation_probability,
+        config.low_pass_probability,
+        config.silence_probability,
+    )
+    return config.speeds != (1.0,) or config.gain_db != 0 or any(chances)
+
+
 def draw_speed(config: AugmentConfig, rng: np.random.Generator) -> float:
     """The speed at which an utterance will be played."""
     return float(rng.choice(config.speeds))

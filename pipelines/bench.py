@@ -253,7 +253,7 @@ def _training(network: Network, rounds: int) -> list[Figure]:
     tokens = torch.randint(1, len(network.tokenizer), (rows, 100))
     longest = int(lengths.max())
     batch = Batch(
-        audio=torch.randn(rows, longest) * 0.1, lengths=lengths, tokens=tokens,
+        audio=torch.randn(rows, longest) * 0.1, features=None, lengths=lengths, tokens=tokens,
         token_lengths=torch.full((rows,), 100), counts=torch.ones(rows, dtype=torch.bool),
         phones=torch.zeros(rows, 1, dtype=torch.long),
         phone_lengths=torch.zeros(rows, dtype=torch.long),

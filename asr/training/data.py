@@ -6,6 +6,7 @@ on, with any number of workers, on the same data in the same order.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch
 from asr.augment import SAMPLE_RATE, augment_audio, background, change_speed, draw_masks, draw_speed
 from asr.config import TrainConfig
 from asr.errors import ConfigError, TextError
+from asr.features import FLOOR
 from asr.text import Tokenizer
 from asr.training.shards import ShardDataset, Statistics
 
@@ -29,6 +31,7 @@ class Batch:
 
     Attributes:
         audio: (batch, samples) float32, edge silence included; lengths: (batch,) samples.
+        features: (batch, feature frames, bands) float32 log-mel in place of audio, where the data holds those; or None.
         tokens: (batch, longest) int64, token_lengths: (batch,): 0 means that nothing is said; likewise phones,
             of length 0 where unknown.
         counts: (batch,) bool: False for a row that only keeps a rank without work in step.
@@ -37,6 +40,7 @@ class Batch:
     """
 
     audio: torch.Tensor
+    features: torch.Tensor | None
     lengths: torch.Tensor
     tokens: torch.Tensor
     token_lengths: torch.Tensor
@@ -77,9 +81,10 @@ class Corpus:
         self, folders: Sequence[str], tokenizer: Tokenizer | None = None, phones: tuple[str, ...] | None = None
     ) -> None:
         self.datasets = [ShardDataset(folder) for folder in folders]
-        for dataset in self.datasets:
-            if dataset.info["store"] != "audio":
-                raise ConfigError(f"{dataset.folder}: holds features only; training needs audio (--store audio)")
+        stores = {dataset.info["store"] for dataset in self.datasets}
+        if len(stores) > 1:
+            raise ConfigError(f"{', '.join(folders)}: some hold audio and some features; prepare them alike")
+        self.holds_features = stores == {"features"}
         self.tokenizer = tokenizer or Tokenizer.characters(t for d in self.datasets for t in d.texts)
         self.phones = phones if phones is not None else _phones_in(self.datasets)
         ids = {phone: i for i, phone in enumerate(self.phones)}
@@ -114,6 +119,13 @@ class Corpus:
         """Normalised text of an utterance."""
         d, row = self.where[index]
         return self.datasets[d].texts[row]
+
+    def features(self, index: int) -> torch.Tensor:
+        """Stored log-mel features of an utterance: (frames, bands) float32."""
+        d, row = self.where[index]
+        stored = self.datasets[d].features(row)
+        assert stored is not None
+        return torch.from_numpy(stored.astype(np.float32))
 
     def audio(self, index: int) -> torch.Tensor:
         """Samples of an utterance: (samples,) float32 in [-1, 1)."""
@@ -214,25 +226,32 @@ class Loader:
         idle = not mine
         if idle:
             mine = pairs[:1]
-        audio = torch.zeros(len(mine), plan.samples)
+        stored = corpus.holds_features
+        audio = torch.zeros(len(mine), 0 if stored else plan.samples)
         lengths = torch.zeros(len(mine), dtype=torch.long)
         frames = plan.samples // self.hop
+        features = torch.full((len(mine), frames, bands), math.log(FLOOR)) if stored else None  # what silence gives
         hidden_frames = np.zeros((len(mine), frames), bool)
         hidden_bands = np.zeros((len(mine), bands), bool)
         silent = {row for row in plan.rows if self._is_silent(row, epoch)}
         for i, (row, speed) in enumerate(mine):
-            samples = corpus.audio(row)
-            if self.augment:
-                rng = np.random.default_rng([self.config.training.seed, _ROW, epoch, int(row)])
-                samples = change_speed(samples, speed)
-                noise = self._noise(rng)
-                if row in silent:
-                    samples = background(len(samples), noise, rng)
-                else:
-                    samples = augment_audio(samples, self.config.augment, rng, noise)
-            samples = samples[: plan.samples - 2 * EDGE_SAMPLES]
-            audio[i, EDGE_SAMPLES : EDGE_SAMPLES + len(samples)] = samples
-            lengths[i] = len(samples) + 2 * EDGE_SAMPLES
+            rng = np.random.default_rng([self.config.training.seed, _ROW, epoch, int(row)])
+            if features is not None:
+                edge, kept = EDGE_SAMPLES // self.hop, corpus.features(row)
+                features[i, edge : edge + len(kept)] = kept
+                lengths[i] = int(corpus.n_samples[row]) + 2 * EDGE_SAMPLES
+            else:
+                samples = corpus.audio(row)
+                if self.augment:
+                    samples = change_speed(samples, speed)
+                    noise = self._noise(rng)
+                    if row in silent:
+                        samples = background(len(samples), noise, rng)
+                    else:
+                        samples = augment_audio(samples, self.config.augment, rng, noise)
+                samples = samples[: plan.samples - 2 * EDGE_SAMPLES]
+                audio[i, EDGE_SAMPLES : EDGE_SAMPLES + len(samples)] = samples
+                lengths[i] = len(samples) + 2 * EDGE_SAMPLES
             if self.augment:
                 n = int(lengths[i]) // self.hop
                 hidden_frames[i, :n], hidden_bands[i] = draw_masks(n, bands, self.config.augment, rng)
@@ -240,6 +259,7 @@ class Loader:
         phones, phone_lengths = _pad([[] if idle or row in silent else corpus.phone_ids[row] for row, _ in mine])
         return Batch(
             audio=audio,
+            features=features,
             lengths=lengths,
             tokens=tokens,
             token_lengths=token_lengths,

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
-from asr.augment import SAMPLE_RATE
+from asr.augment import SAMPLE_RATE, changes_waveform
 from asr.config import FeatureConfig, NetworkConfig, TrainConfig, load_config, to_toml
 from asr.errors import AsrError, ConfigError
 from asr.files import write_atomically
@@ -25,7 +25,7 @@ from asr.training.checkpoint import average_weights, checkpoints, load_checkpoin
 from asr.training.data import Corpus, Loader, Sampler, tuning_plan
 from asr.training.display import Display
 from asr.training.shards import ShardDataset
-from asr.training.step import Losses, choose_precision, ctc, learning_rate
+from asr.training.step import Losses, choose_precision, ctc, features_of, learning_rate
 
 _BAD_STEPS_IN_A_ROW = 20
 Report = Callable[[dict], None]
@@ -259,7 +259,7 @@ class _Trainer:
         loss = tokens = characters = character_errors = words = word_errors = 0.0
         for plan in tuning_plan(self.dev, self.config.data.dev_minutes, self.config.training.batch_seconds):
             batch = self.dev_loader.batch(plan, 0).to(self.device)
-            log_probs, frames = self.network(batch.audio, batch.lengths)
+            log_probs, frames, _ = self.network.read_features(*features_of(self.network, batch))
             loss += float(ctc(log_probs, frames, batch.tokens, batch.token_lengths, batch.counts))
             tokens += batch.token_count
             for row, best, n in zip(plan.rows, log_probs.argmax(-1).cpu(), frames.cpu(), strict=True):
@@ -303,7 +303,13 @@ def check_inputs(config: TrainConfig, run: Path) -> None:
             was started with another configuration (threads, checkpoint_steps and average may differ).
     """
     for folder in (*config.data.train, *config.data.dev, *filter(None, [config.augment.noise])):
-        made_with = ShardDataset(folder).info.get("features", dataclasses.asdict(FeatureConfig()))
+        info = ShardDataset(folder).info
+        if info["store"] == "features" and changes_waveform(config.augment):
+            raise ConfigError(
+                f"{folder}: holds features, so the waveform cannot be augmented; set augment.speeds = [1.0], "
+                "gain_db = 0 and the probabilities to 0, or prepare with --store audio"
+            )
+        made_with = info.get("features", dataclasses.asdict(FeatureConfig()))
         if made_with != dataclasses.asdict(config.features):
             raise ConfigError(f"{folder}: its statistics are of features {made_with}, [features] asks for others")
     if config.init_from:

@@ -30,7 +30,7 @@ class Losses(nn.Module):
         """The loss to minimise, and the token loss alone (detached)."""
         network = self.network
         with torch.no_grad():
-            features, frames = network.normalised_features(batch.audio, batch.lengths)
+            features, frames = features_of(network, batch)
             hidden = batch.hidden_frames[:, : features.shape[1], None] | batch.hidden_bands[:, None, :]
             features = features.masked_fill(hidden, 0.0)  # 0 is the mean
         with torch.autocast(features.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
@@ -41,6 +41,14 @@ class Losses(nn.Module):
             phone_loss = ctc(phones, frames, batch.phones, batch.phone_lengths, batch.phone_lengths > 0)
             total = loss + self.phone_weight * phone_loss / max(batch.phone_count, 1)
         return total, loss.detach()
+
+
+def features_of(network: Network, batch: Batch) -> tuple[Tensor, Tensor]:
+    """A batch's normalised features (batch, frames, bands) and their lengths, computed or as they were stored."""
+    if batch.features is None:
+        return network.normalised_features(batch.audio, batch.lengths)
+    hop = network.config.features.sample_rate * network.config.features.hop_ms // 1000
+    return network.layers[1](batch.features, batch.lengths // hop)
 
 
 def ctc(log_probs: Tensor, frames: Tensor, targets: Tensor, target_lengths: Tensor, counts: Tensor) -> Tensor:
