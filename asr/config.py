@@ -38,6 +38,11 @@ class FeatureConfig:
         _check(0 <= self.low_hz < self.high_hz, "features.low_hz", self.low_hz, "at least 0 and below high_hz")
         _check(self.high_hz <= self.sample_rate / 2, "features.high_hz", self.high_hz, "at most half sample_rate")
 
+    @property
+    def hop(self) -> int:
+        """Samples from one frame to the next."""
+        return self.sample_rate * self.hop_ms // 1000
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:

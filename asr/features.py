@@ -27,7 +27,7 @@ class LogMel(StreamingLayer):
     def __init__(self, config: FeatureConfig) -> None:
         super().__init__()
         self.window = config.sample_rate * config.window_ms // 1000
-        self.stride = config.sample_rate * config.hop_ms // 1000
+        self.stride = config.hop
         bins = self.window // 2 + 1
         filters = torchaudio.functional.melscale_fbanks(
             bins, config.low_hz, config.high_hz, config.bands, config.sample_rate, "slaney", "slaney"

@@ -26,6 +26,7 @@ from asr.audio import SAMPLE_RATE, read_audio
 from asr.config import FeatureConfig
 from asr.errors import AsrError, AudioError, ConfigError, ManifestError, Problem
 from asr.features import LogMel
+from asr.files import write_atomically
 from asr.lexicon import phones_of
 from asr.manifest import Utterance, read_manifest
 from asr.text import normalize
@@ -283,7 +284,7 @@ def make_shard(job: _Job) -> None:
             "mean": statistics.mean.tolist(),
             "variance": statistics.variance.tolist(),
         }
-        _write_text(job.report, json.dumps(report, ensure_ascii=False))
+        write_atomically(job.report, json.dumps(report, ensure_ascii=False))
 
 
 def _prepare_row(utterance: Utterance, job: _Job) -> tuple[dict, np.ndarray]:
@@ -414,8 +415,8 @@ def _assemble(
         "variance": statistics.variance.tolist(),
     }
     lines = [json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in skipped]
-    _write_text(out / "skipped.jsonl", "".join(lines))
-    _write_text(out / "dataset.json", json.dumps(dataset, ensure_ascii=False, indent=1))
+    write_atomically(out / "skipped.jsonl", "".join(lines))
+    write_atomically(out / "dataset.json", json.dumps(dataset, ensure_ascii=False, indent=1))
     kept = {job.shard for job in jobs} | {job.report for job in jobs}
     for stray in out.absolute().glob("shard-[0-9]*"):
         if stray not in kept:
@@ -428,13 +429,6 @@ def _assemble(
         reused=reused,
         skipped=tuple(skipped),
     )
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing."""
-    temporary = Path(f"{path}.tmp-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 @contextmanager

@@ -24,11 +24,10 @@ def train(config: TrainConfig, out: str | Path, *, workers: int = 1, address: st
     """
     run = Path(out).absolute()
     config = _with_absolute_paths(config)
-    from asr.training.loop import check_inputs, run_training
-
-    check_inputs(config, run)  # what cannot start is told here, not by a worker that Ray would start again
     if workers == 0:
         import torch
+
+        from asr.training.loop import run_training
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network = run_training(config, run, device=device)
@@ -58,8 +57,10 @@ def _write_card(config: TrainConfig, run: Path) -> None:
 
 
 def _train_on_ray(config: TrainConfig, run: Path, workers: int, address: str | None) -> Path:
+    from asr.training.loop import check_inputs
     from pipelines import ray_local
 
+    check_inputs(config, run)  # what cannot start is told here, not by a worker that Ray would start again
     with ray_local.start(address, cpus=max(workers, os.cpu_count() or 1)) as ray:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer

@@ -77,7 +77,7 @@ class _Trainer:
         self.network = self._new_network(start).to(device)
         self.sampler = Sampler(self.corpus, config, self.network.stride)
         self.dev = Corpus(config.data.dev, self.corpus.tokenizer, self.corpus.phones) if config.data.dev else None
-        hop = config.features.sample_rate * config.features.hop_ms // 1000
+        hop = config.features.hop
         self.loader = Loader(self.corpus, config, hop, rank=rank, world=world)
         self.dev_loader = Loader(self.dev, config, hop, augment=False) if self.dev else None
         precision = choose_precision(config.training.precision, device)

@@ -47,8 +47,7 @@ def features_of(network: Network, batch: Batch) -> tuple[Tensor, Tensor]:
     """A batch's normalised features (batch, frames, bands) and their lengths, computed or as they were stored."""
     if batch.features is None:
         return network.normalised_features(batch.audio, batch.lengths)
-    hop = network.config.features.sample_rate * network.config.features.hop_ms // 1000
-    return network.layers[1](batch.features, batch.lengths // hop)
+    return network.layers[1](batch.features, batch.lengths // network.config.features.hop)
 
 
 def ctc(log_probs: Tensor, frames: Tensor, targets: Tensor, target_lengths: Tensor, counts: Tensor) -> Tensor:
