@@ -1,0 +1,1 @@
+"""The commands of `asr`, by group: each module adds its own to `options.app`."""

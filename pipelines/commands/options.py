@@ -1,0 +1,105 @@
+"""What the commands share: the application, the options of those that recognize, how they report and end."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from asr.errors import AsrError, Problem
+
+app = typer.Typer(
+    help="Speech recognition on LSTMs: whole files, and live audio with text as it is spoken.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+# The panels of `asr --help`.
+RECOGNIZE = "Recognize"
+TRAIN = "Train"
+INSIDE = "Inside the LSTM"
+
+MANIFESTS = "NeMo JSON Lines, CSV, a Kaldi folder, Lhotse cuts, or a folder of recordings with texts."
+Engine = Literal["onnx", "torch"]
+Precision = Literal["fp32", "int8"]
+Decoding = Literal["greedy", "beam"]
+Format = Literal["txt", "json", "srt", "vtt", "ctm"]  # pipelines.formats.FORMATS
+
+# The options of every command that recognizes.
+HOW = "How to recognize"
+ModelOption = Annotated[
+    Path | None,
+    typer.Option("--model", "-m", help="Model folder; without it, the one that comes along.", rich_help_panel=HOW),
+]
+StreamingOption = Annotated[
+    bool,
+    typer.Option("--streaming", help="Use the streaming network instead of the offline one.", rich_help_panel=HOW),
+]
+DecodingOption = Annotated[
+    Decoding,
+    typer.Option(help="greedy, or beam: with the language model of the model folder.", rich_help_panel=HOW),
+]
+BEAM = "How to search with --decoding beam"
+BeamOption = Annotated[
+    int | None, typer.Option(min=1, help="Hypotheses to keep; more find more, slower.", rich_help_panel=BEAM)
+]
+LmWeightOption = Annotated[
+    float | None, typer.Option(min=0, help="Weight of the language model.", rich_help_panel=BEAM)
+]
+WordScoreOption = Annotated[
+    float | None, typer.Option(help="Added for each word; more of it, more words.", rich_help_panel=BEAM)
+]
+EngineOption = Annotated[Engine, typer.Option(help="ONNX Runtime, or PyTorch (extra \\[train]).", rich_help_panel=HOW)]
+PrecisionOption = Annotated[
+    Precision | None,
+    typer.Option(help="int8 is small and fast, fp32 exact; without it, what the model has.", rich_help_panel=HOW),
+]
+ThreadsOption = Annotated[int, typer.Option(min=1, help="Threads of the network.", rich_help_panel=HOW)]
+AddressOption = Annotated[str | None, typer.Option(help="A running Ray cluster, as host:port or auto.")]
+
+
+def recognizer_options(
+    model: Path | None,
+    decoding: Decoding,
+    engine: Engine,
+    precision: Precision | None,
+    threads: int,
+    **search: float | None,
+) -> Any:
+    given = {name: value for name, value in search.items() if value is not None}
+    if given and decoding != "beam":
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise typer.BadParameter(f"{named}: only with --decoding beam")
+    from pipelines.transcribe import RecognizerOptions
+
+    return RecognizerOptions(
+        model=model, engine=engine, precision=precision, threads=threads, decoding=decoding, search=given
+    )
+
+
+def network_name(streaming: bool) -> str:
+    return "streaming" if streaming else "offline"
+
+
+def tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def complain(problem: Problem | AsrError) -> None:
+    tell(f"error: {problem}")
+
+
+def end(problems: Sequence[Problem], *, listed: bool = False) -> None:
+    """Leave with the exit status; `listed` names what was skipped once more, as it may have scrolled away."""
+    if not problems:
+        return
+    if listed:
+        tell("skipped:")
+        for problem in problems:
+            tell(f"  {problem}")
+    raise typer.Exit(1)

@@ -1,0 +1,225 @@
+"""The commands that recognize: transcribe, stream, evaluate, bench."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from asr.errors import Problem
+from pipelines.commands.options import (
+    BEAM,
+    MANIFESTS,
+    RECOGNIZE,
+    BeamOption,
+    DecodingOption,
+    EngineOption,
+    Format,
+    LmWeightOption,
+    ModelOption,
+    PrecisionOption,
+    StreamingOption,
+    ThreadsOption,
+    WordScoreOption,
+    app,
+    complain,
+    end,
+    network_name,
+    recognizer_options,
+    tell,
+)
+
+
+@app.command(rich_help_panel=RECOGNIZE)
+def transcribe(
+    audio: Annotated[list[Path], typer.Argument(help="Recordings, and folders that are searched for them.")],
+    format: Annotated[Format, typer.Option("--format", "-f", help="What to write.")] = "txt",
+    output_dir: Annotated[
+        Path | None, typer.Option("--output-dir", "-o", help="Write a file for each recording there.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do again what --output-dir holds already.")] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Recordings at a time; above 1 over Ray (extra \\[train]).")] = 1,
+    model: ModelOption = None,
+    streaming: StreamingOption = False,
+    decoding: DecodingOption = "greedy",
+    beam: BeamOption = None,
+    lm_weight: LmWeightOption = None,
+    word_score: WordScoreOption = None,
+    nbest: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --format json: so many alternatives of each segment.", rich_help_panel=BEAM),
+    ] = None,
+    engine: EngineOption = "onnx",
+    precision: PrecisionOption = None,
+    threads: ThreadsOption = 1,
+) -> None:
+    """Turn recordings of any length into text.
+
+    One recording: its text goes to stdout, a line for each segment. Several, or
+    a folder: a line for each, path<TAB>text, in the order given (json: an object
+    a line, with a "path").
+
+    With --output-dir each gets a file of its name; sub-folders are kept. Run
+    again, it goes on where it stopped. What cannot be read is named on stderr,
+    and the rest goes on.
+
+    json has the shape of openai/whisper's result, srt and vtt are subtitles, ctm
+    is NIST's list of words with their times.
+    """
+    search = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score, "nbest": nbest}
+    options = recognizer_options(model, decoding, engine, precision, threads, **search)
+    if nbest is not None and format != "json":
+        raise typer.BadParameter("--nbest: alternatives are written with --format json")
+    from pipelines.formats import JOINABLE
+    from pipelines.transcribe import transcribe as run
+
+    if output_dir is None and format not in JOINABLE and (len(audio) > 1 or audio[0].is_dir()):
+        raise typer.BadParameter(f"--format {format}: several recordings need --output-dir")
+    results = run(
+        audio,
+        options,
+        network=network_name(streaming),
+        format=format,
+        output_dir=output_dir,
+        overwrite=overwrite,
+        workers=workers,
+    )
+    problems: list[Problem] = []
+    done = kept = 0
+    for result in results:
+        if result.problem is not None:
+            complain(result.problem)
+            problems.append(result.problem)
+        elif result.kept is not None:
+            kept += 1
+        else:
+            done += 1
+            if output_dir is None:
+                print(result.text, end="", flush=True)
+    if output_dir is not None or done + len(problems) > 1:
+        kept_too = f", {kept} there already (--overwrite does them again)" if kept else ""
+        tell(f"{done} transcribed{kept_too}, {len(problems)} failed")
+    end(problems, listed=done + kept + len(problems) > 1)
+
+
+@app.command(rich_help_panel=RECOGNIZE)
+def stream(
+    audio: Annotated[Path | None, typer.Argument(help="A recording; without it, the microphone.")] = None,
+    realtime: Annotated[
+        bool, typer.Option("--realtime", help="Feed the recording at the pace at which it was spoken.")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option("--device", "-d", help="Microphone: its number, or part of its name.")
+    ] = None,
+    list_devices: Annotated[bool, typer.Option("--list-devices", help="Show the microphones and exit.")] = False,
+    model: ModelOption = None,
+    decoding: DecodingOption = "greedy",
+    beam: BeamOption = None,
+    lm_weight: LmWeightOption = None,
+    word_score: WordScoreOption = None,
+    engine: EngineOption = "onnx",
+    precision: PrecisionOption = None,
+    threads: ThreadsOption = 1,
+) -> None:
+    """Show text while it is spoken, into a microphone or in a file fed as live audio.
+
+    Finished segments go to stdout. The unfinished text, which may still change,
+    goes to stderr: redrawn in place on a terminal, elsewhere a line a change.
+    Ctrl-C ends with the text so far. The microphone needs the extra \\[mic].
+    """
+    from pipelines.stream import FileSource, MicrophoneSource, devices, terminal
+    from pipelines.stream import stream as run
+
+    if list_devices:
+        print(devices(), end="")
+        return
+    if audio is None and realtime:
+        raise typer.BadParameter("--realtime is for a recording; a microphone always is")
+    if audio is not None and device is not None:
+        raise typer.BadParameter("--device is for the microphone; leave out the recording")
+    search = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score}
+    options = recognizer_options(model, decoding, engine, precision, threads, **search)
+    if audio is not None:
+        source = FileSource(audio, realtime=realtime)
+    else:
+        source = MicrophoneSource(int(device) if device is not None and device.isdecimal() else device)
+        tell(f"opening the microphone at {source.sample_rate} Hz; Ctrl-C ends")
+    with terminal() as screen:
+        _, timing, interrupted = run(source, options, screen)
+    tell(str(timing))
+    if interrupted and audio is not None:
+        raise typer.Exit(130)
+
+
+@app.command(rich_help_panel=RECOGNIZE)
+def evaluate(
+    manifests: Annotated[list[Path], typer.Argument(metavar="MANIFEST", help=MANIFESTS)],
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to a file as well.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--show", help="Show each reference and hypothesis.")] = False,
+    endpoint: Annotated[
+        bool, typer.Option("--endpoint", help="Cut rows where an utterance ends, as transcribe does.")
+    ] = False,
+    model: ModelOption = None,
+    streaming: StreamingOption = False,
+    decoding: DecodingOption = "greedy",
+    beam: BeamOption = None,
+    lm_weight: LmWeightOption = None,
+    word_score: WordScoreOption = None,
+    engine: EngineOption = "onnx",
+    precision: PrecisionOption = None,
+    threads: ThreadsOption = 1,
+) -> None:
+    """Count the errors on speech whose text is known: WER, CER, and the real-time factor.
+
+    Both texts are normalised first: lower case, no punctuation. Each row is
+    scored whole unless --endpoint; --streaming feeds it in blocks, as live audio
+    comes. Rows that cannot be read are named, and their words count as deletions.
+    The real-time factor is the time from file to text, loading the model aside.
+    """
+    search = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score}
+    options = recognizer_options(model, decoding, engine, precision, threads, **search)
+    from pipelines.evaluate import evaluate as run
+    from pipelines.evaluate import report, table
+    from pipelines.formats import write_text
+
+    def told(row: Any, hypothesis: str) -> None:
+        print(f"{row.id}\n  reference:  {row.text}\n  hypothesis: {hypothesis}")
+
+    scores, problems = run(
+        manifests,
+        options,
+        network=network_name(streaming),
+        endpoint=endpoint,
+        on_utterance=told if show else None,
+    )
+    for problem in problems:
+        complain(problem)
+    if scores:
+        print(table(scores), end="")
+    if json_file is not None:
+        write_text(json_file, json.dumps(report(scores), indent=2, ensure_ascii=False) + "\n")
+    end(problems)
+
+
+@app.command(rich_help_panel=RECOGNIZE)
+def bench(
+    audio: Annotated[list[Path], typer.Argument(help="Some recordings of speech, a few seconds each.")],
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to a file as well.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; figures are their medians.")] = 5,
+    model: ModelOption = None,
+    threads: ThreadsOption = 1,
+) -> None:
+    """Measure what recognition and training cost on this machine (extra \\[train]).
+
+    Features against torchaudio's, a live stream against stepping PyTorch and the
+    bare graph, whole files against PyTorch, training against packed sequences:
+    each group interleaved in one run. Also the largest difference between
+    reading in blocks and whole.
+    """
+    from pipelines.bench import run_bench
+
+    run_bench(audio, model=model, rounds=rounds, threads=threads, json_file=json_file)

@@ -1,0 +1,146 @@
+"""The commands that make models: prepare, train, train-lm, export."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pipelines.commands.options import (
+    MANIFESTS,
+    TRAIN,
+    AddressOption,
+    app,
+    complain,
+    end,
+)
+
+
+@app.command(rich_help_panel=TRAIN)
+def prepare(
+    manifests: Annotated[list[Path], typer.Argument(metavar="MANIFEST", help=MANIFESTS)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    workers: Annotated[int, typer.Option(min=0, help="Ray tasks at a time; 0 works in this process.")] = 1,
+    store: Annotated[
+        Literal["audio", "features"], typer.Option(help="Keep audio (for augmentation) or ready features.")
+    ] = "audio",
+    lexicon: Annotated[
+        Literal["cmudict", "none"],
+        typer.Option(help="Add the phones of English words: they help learning."),
+    ] = "none",
+    address: AddressOption = None,
+) -> None:
+    """Check and decode recordings once, for training (Ray Data; extra \\[train]).
+
+    Writes shards of 16 kHz audio with text, and the feature statistics. Rows that
+    cannot be used are named, and listed in skipped.jsonl. Run again, it goes on
+    where it stopped.
+    """
+    from pipelines.prepare import prepare as run
+
+    summary = run(
+        manifests,
+        out,
+        workers=workers,
+        store=store,
+        lexicon=None if lexicon == "none" else lexicon,
+        address=address,
+    )
+    for problem in summary.skipped:
+        complain(problem)
+    reused = f", {summary.reused} of them made before" if summary.reused else ""
+    print(
+        f"{summary.out}: {summary.utterances} utterances, {summary.seconds / 3600:.2f} hours, "
+        f"{summary.shards} shards{reused}, {len(summary.skipped)} rows skipped"
+    )
+    end(summary.skipped)
+
+
+@app.command(rich_help_panel=TRAIN)
+def train(
+    config: Annotated[Path, typer.Argument(help="A TOML file, such as those in configs/.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder of the run; without it, runs/ and the config's name."),
+    ] = None,
+    set_values: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value of the config; repeatable."),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Ray Train workers; 0 trains in this process.")] = 1,
+    address: AddressOption = None,
+) -> None:
+    """Train a network on prepared data (Ray Train; extra \\[train]). Run again, it resumes.
+
+    The run ends with a model folder, RUN/model, which the other commands take as
+    --model. --set data.train='["prepared/mine"]' overrides one value of the config.
+    """
+    from asr.config import load_config
+    from pipelines.train import train as run
+
+    made = run(
+        load_config(config, set_values or []), out or Path("runs") / config.stem, workers=workers, address=address
+    )
+    print(f"{made}: try it with  asr transcribe --model {made} AUDIO")
+
+
+@app.command("train-lm", rich_help_panel=TRAIN)
+def train_lm(
+    texts: Annotated[list[Path], typer.Argument(metavar="TEXT", help="UTF-8, a sentence a line; also .gz and .xz.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; a model's, to give it to that model.")],
+    order: Annotated[int, typer.Option(min=2, max=5, help="Words to an n-gram.")] = 3,
+    prune: Annotated[
+        float, typer.Option(min=0, help="Drop n-grams that change the perplexity by a lower share; 0 keeps all.")
+    ] = 1e-7,
+    vocabulary: Annotated[int | None, typer.Option(min=1, help="Keep so many words, the most frequent ones.")] = None,
+    min_count: Annotated[int, typer.Option(min=1, help="Keep words that occur so often.")] = 3,
+    lexicon: Annotated[
+        Literal["cmudict", "none"],
+        typer.Option(help="Add the words of an English dictionary, however rare."),
+    ] = "none",
+) -> None:
+    """Make a language model from text, for --decoding beam: word n-grams, modified Kneser-Ney, pruned.
+
+    Writes OUT/lm. The text is normalised as transcripts are; every 200th line is
+    kept back, to measure the perplexity. Needs about 500 MB of memory and half a
+    minute for each ten million words.
+    """
+    from pipelines.train_lm import train_lm as run
+
+    made = run(
+        texts,
+        out,
+        order=order,
+        threshold=prune,
+        vocabulary=vocabulary,
+        min_count=min_count,
+        lexicon=None if lexicon == "none" else lexicon,
+    )
+    ngrams = " + ".join(f"{n:,}" for n in made.ngrams)
+    print(
+        f"{made.folder}: {made.words:,} words, {ngrams} n-grams, {made.megabytes:.1f} MB, "
+        f"perplexity {made.perplexity.value:.1f} on {made.perplexity.words:,} words kept back "
+        f"({made.perplexity.unknown:,} more are unknown)"
+    )
+
+
+@app.command(rich_help_panel=TRAIN)
+def export(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    sources: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="RUN|MODEL", help="Runs or models; without any, the model that comes along."),
+    ] = None,
+    to: Annotated[
+        Literal["model", "onnx", "onnx-int8"],
+        typer.Option(help="A whole model folder, or only the graphs."),
+    ] = "model",
+    small: Annotated[
+        bool, typer.Option("--small", help="A model in a quarter of the size: float16 weights, int8 graphs alone.")
+    ] = False,
+) -> None:
+    """Join runs (an offline one, a streaming one) into one model folder, or write their ONNX graphs."""
+    from asr.runtime.export import export_model
+    from asr.runtime.folder import shipped_model
+
+    export_model(sources or [shipped_model()], out, to, small=small)
+    print(f"{out}: written")
