@@ -29,6 +29,7 @@ _LOST_SECONDS = 0.3  # MP3 may promise a frame or two (72 ms at 8 kHz) too many;
 _SEEK_LEAD_SECONDS = 1.0  # decoded and dropped before an offset: MP3 and Opus need what came before
 _LOST_BYTES = 64  # some writers count the header in the data chunk's size
 _UNKNOWN_FRAMES = 1 << 60  # libsndfile declares 2^63 - 1 frames where a header leaves them open
+_RUN_UP_SECONDS, _PERIOD_SECONDS = 0.1, 1.0  # of a resampler's streams: soxr forgets, and lags, by less than 0.1 s
 _DAMAGED = "{path}: truncated or damaged: decoding stopped after {seconds:.2f} s: {reason}"
 _FFMPEG_HINT = "M4A, AAC, WebM and video need ffmpeg, which is not installed"
 
@@ -51,7 +52,8 @@ def to_float(samples: np.ndarray) -> np.ndarray:
     if samples.ndim not in (1, 2) or (samples.ndim == 2 and not 1 <= samples.shape[1] <= _MOST_CHANNELS):
         raise AudioError(f"samples have shape {samples.shape}; give (n,) or (n, channels)")
     if samples.dtype == np.int16:
-        floats = samples.astype(np.float32) / 32768
+        peak = 1.0
+        floats = np.multiply(samples, np.float32(2**-15), dtype=np.float32)
     else:
         peak = np.abs(samples).max(initial=0)
         if not np.isfinite(peak):
@@ -61,13 +63,15 @@ def to_float(samples: np.ndarray) -> np.ndarray:
         floats = samples.astype(np.float32)
     if floats.ndim == 2:
         floats = floats.mean(axis=1, dtype=np.float32)
-    return np.clip(floats, -1, 1)
+    return np.clip(floats, -1, 1) if peak > 1 else floats
 
 
 class Resampler:
     """Changes the rate of a stream; blocks of any size give the same samples as the whole at once.
 
-    Output is clipped to [-1, 1] and lags the input by a few milliseconds until `finish`.
+    Output is clipped to [-1, 1] and lags the input by less than 0.1 s until `finish`. What soxr knows of a stream
+    cannot be copied. So each stream of soxr reads a few seconds, and the next one takes over with a run-up:
+    the blocks since then are all the state there is (see asr.snapshot).
 
     Args:
         source_rate: of what goes in, 8000 to 192000 Hz.
@@ -77,24 +81,71 @@ class Resampler:
         AudioError: a rate outside the limits.
     """
 
-    def __init__(self, source_rate: float, target_rate: float = SAMPLE_RATE) -> None:
-        for rate in (source_rate, target_rate):
-            if not LOWEST_RATE <= rate <= HIGHEST_RATE:
-                raise AudioError(f"sample rate {rate} Hz; {LOWEST_RATE} to {HIGHEST_RATE} Hz can be read")
-        self._stream = None
-        if source_rate != target_rate:
-            import soxr
+    shared = ("_stream",)
 
-            self._stream = soxr.ResampleStream(source_rate, target_rate, 1, dtype="float32")
+    def __init__(self, source_rate: int, target_rate: int = SAMPLE_RATE) -> None:
+        for rate in (source_rate, target_rate):
+            if not LOWEST_RATE <= rate <= HIGHEST_RATE or rate % 1:
+                raise AudioError(f"sample rate {rate} Hz; {LOWEST_RATE} to {HIGHEST_RATE} Hz can be read")
+        self._rates = (int(source_rate), int(target_rate))
+        units = math.gcd(*self._rates)  # a second; a unit holds a whole number of samples of both rates
+        self._unit = [rate // units for rate in self._rates]
+        self._run_up, self._period = (math.ceil(s * units) for s in (_RUN_UP_SECONDS, _PERIOD_SECONDS))
+        self._stream: Any = None
+        self._given: list[np.ndarray] = []  # blocks that the present stream was given
+        self._came = 0  # samples that came from it
+        self._from, self._until = 0, self._period * self._unit[1]  # those of them that are handed out
+        self._next = (self._period - self._run_up) * self._unit[0]  # in what was given: the next stream's first sample
 
     def process(self, samples: np.ndarray) -> np.ndarray:
         """Take float32 (n,), also n = 0, and return what is ready, float32 (m,)."""
-        return samples if self._stream is None else np.clip(self._stream.resample_chunk(samples), -1, 1)
+        if self._rates[0] == self._rates[1]:
+            return samples
+        size = self._run_up * self._unit[0]  # no more at once, so that a stream reads little past its end
+        return self._joined([self._push(samples[start : start + size]) for start in range(0, len(samples), size)])
 
     def finish(self) -> np.ndarray:
         """Return the rest, float32 (m,); the stream is over then."""
-        rest = np.zeros(0, np.float32)
-        return rest if self._stream is None else np.clip(self._stream.resample_chunk(rest, last=True), -1, 1)
+        if self._rates[0] == self._rates[1]:
+            return np.zeros(0, np.float32)
+        nothing = np.zeros(0, np.float32)
+        ready = [self._hand_out(self._soxr().resample_chunk(nothing, last=True))]
+        while self._came > self._until:
+            ready += [self._take_over(), self._hand_out(self._soxr().resample_chunk(nothing, last=True))]
+        return self._joined(ready)
+
+    def _push(self, block: np.ndarray) -> np.ndarray:
+        ready = self._hand_out(self._soxr().resample_chunk(block))
+        self._given.append(block)
+        return self._joined([ready, self._take_over()]) if self._came >= self._until else ready
+
+    def _hand_out(self, output: np.ndarray) -> np.ndarray:
+        first, self._came = self._came, self._came + len(output)
+        return output[max(0, self._from - first) : max(0, self._until - first)]
+
+    def _take_over(self) -> np.ndarray:
+        """Go on with a new stream; its first output is that of its run-up, and not handed out."""
+        run_up = np.concatenate(self._given)[self._next :]
+        self._stream, self._given, self._came = None, [], 0
+        self._from = self._run_up * self._unit[1]
+        self._until = self._from + self._period * self._unit[1]
+        self._next = self._period * self._unit[0]
+        return self._push(run_up)
+
+    def _soxr(self) -> Any:
+        """The present stream; one that was lost on the way through bytes is given its blocks again."""
+        if self._stream is None:
+            import soxr
+
+            self._stream = soxr.ResampleStream(*self._rates, 1, dtype="float32")
+            for block in self._given:
+                self._stream.resample_chunk(block)
+        return self._stream
+
+    @staticmethod
+    def _joined(ready: list[np.ndarray]) -> np.ndarray:
+        joined = ready[0] if len(ready) == 1 else np.concatenate([np.zeros(0, np.float32), *ready])
+        return np.clip(joined, -1, 1)
 
 
 def audio_blocks(
@@ -328,6 +379,11 @@ class _SoundFile:
         return AudioError(_DAMAGED.format(path=self._path, seconds=self._position / self.rate, reason=reason))
 
 
+_FFMPEG_FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,ogg,aac,asf,amr,mp3,flac,wav,avi,mpegts,flv,w64,caf,aiff,au,mpeg,wv,ac3"
+)
+
+
 class _Ffmpeg:
     """A file that an ffmpeg process decodes into a pipe, at its own rate and with its own channels."""
 
@@ -341,8 +397,9 @@ class _Ffmpeg:
         # Not a pipe, which could fill up and stop the process.
         self._messages = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
         # Sun AU is the simplest header that tells rate and channels. The name goes in as "file:", so that no
-        # name is taken for an option or an address, and no playlist inside may reach for the network.
-        source = ["-nostdin", "-v", "error", "-xerror", "-protocol_whitelist", "file", "-i", f"file:{path}"]
+        # name is taken for an option or an address, and nothing that names other files (a playlist) is opened.
+        allowed = ["-protocol_whitelist", "file", "-format_whitelist", _FFMPEG_FORMATS]
+        source = ["-nostdin", "-v", "error", "-xerror", *allowed, "-i", f"file:{path}"]
         target = ["-map", "0:a:0", "-c:a", "pcm_f32be", "-f", "au", "pipe:1"]
         self._process = subprocess.Popen(
             [program, *source, *target],

@@ -60,6 +60,10 @@ class ModelConfig:
     cell: str = "lstm"  # of the recurrent layers; equations in asr.nn.cells
     residual: bool = False  # add each recurrent layer's input to its output, where both are of one size
     attention: int = 0  # frames of the past that self-attention after the recurrent layers sees (both ways offline)
+    forget_bias: float = 1.0  # at the start, of the gate that keeps the memory: open
+    chrono_frames: int = 0  # where above 0: memories start spread over 1 to so many frames (chrono initialisation)
+    variational_dropout: float = 0.0  # share of the recurrent layers' input and state hidden, the same all along
+    zoneout: float = 0.0  # probability that a unit of a recurrent state keeps its value for a frame
 
     def __post_init__(self) -> None:
         widths = len(self.channels) > 0 and min(self.channels) > 0
@@ -84,6 +88,17 @@ class ModelConfig:
             "at least 2 with lstm-projection, whose output has half as many",
         )  # fmt: skip
         _check(0 <= self.attention <= 1000, "model.attention", self.attention, "0 (none) to 1000 frames")
+        _check(-10 <= self.forget_bias <= 10, "model.forget_bias", self.forget_bias, "-10 to 10")
+        _check(
+            self.chrono_frames == 0 or self.chrono_frames >= 3, "model.chrono_frames", self.chrono_frames,
+            "0 (off) or at least 3 frames",
+        )  # fmt: skip
+        _check(
+            self.chrono_frames == 0 or self.cell not in ("rnn", "lstm-1997"), "model.chrono_frames",
+            self.chrono_frames, f"0 with {self.cell}, which has no gate that keeps the memory",
+        )  # fmt: skip
+        for name in ("variational_dropout", "zoneout"):
+            _check(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "0 up to 1")
 
     @property
     def kind(self) -> str:
@@ -154,8 +169,10 @@ class TrainingConfig:
     learning_rate: float = 2e-3
     warmup_steps: int = 300
     weight_decay: float = 1e-2
-    clip_norm: float = 2.0
+    clip_norm: float = 2.0  # of the whole gradient
+    clip_value: float = 0.0  # of each of its entries, after clip_norm; 0: off
     phone_weight: float = 0.5
+    alignment_weight: float = 0.0  # of phone states frame by frame, on the phone layer, where `asr align` was run
     curriculum_seconds: float = 0.0
     curriculum_step_seconds: float = 1.0
     curriculum_epochs: int = 5
@@ -163,6 +180,8 @@ class TrainingConfig:
     threads: int = 1
     checkpoint_steps: int = 250
     average: int = 5
+    patience: int = 0  # epochs without a better CER on data.dev after which training stops; 0: all epochs
+    hang_seconds: float = 600.0  # a worker for which the others wait so long is named, and the run stops
 
     def __post_init__(self) -> None:
         _check(self.epochs >= 1, "training.epochs", self.epochs, "at least 1")
@@ -171,7 +190,10 @@ class TrainingConfig:
         _check(self.accumulate >= 1, "training.accumulate", self.accumulate, "at least 1")
         _check(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "above 0")
         _check(self.clip_norm > 0, "training.clip_norm", self.clip_norm, "above 0")
-        for name in ("warmup_steps", "weight_decay", "phone_weight", "curriculum_seconds", "curriculum_step_seconds"):
+        for name in (
+            "clip_value", "warmup_steps", "weight_decay", "phone_weight", "alignment_weight", "curriculum_seconds",
+            "curriculum_step_seconds",
+        ):  # fmt: skip
             _check(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "at least 0")
         _check(
             self.precision in ("auto", "fp32", "bf16"), "training.precision", self.precision, '"auto", "fp32" or "bf16"'
@@ -179,6 +201,8 @@ class TrainingConfig:
         _check(self.threads >= 1, "training.threads", self.threads, "at least 1")
         _check(self.checkpoint_steps >= 1, "training.checkpoint_steps", self.checkpoint_steps, "at least 1")
         _check(self.average >= 1, "training.average", self.average, "at least 1")
+        _check(self.patience >= 0, "training.patience", self.patience, "0 (never stop early) or more epochs")
+        _check(self.hang_seconds >= 1, "training.hang_seconds", self.hang_seconds, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,10 +215,14 @@ class TrainConfig:
     features: FeatureConfig = FeatureConfig()
     augment: AugmentConfig = AugmentConfig()
     init_from: str = ""
+    new_tokens: bool = False  # with init_from: the tokens of data.train and a new output layer for them
 
     def __post_init__(self) -> None:
         bands = self.augment.band_mask_bands
         _check(bands <= self.features.bands, "augment.band_mask_bands", bands, "at most features.bands")
+        _check(self.init_from != "" or not self.new_tokens, "new_tokens", True, "false without init_from")
+        patience = self.training.patience
+        _check(patience == 0 or len(self.data.dev) > 0, "training.patience", patience, "0 without data.dev")
 
 
 @dataclass(frozen=True, kw_only=True)

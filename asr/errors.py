@@ -27,6 +27,10 @@ class ModelError(AsrError):
     """A model folder that is missing, incomplete or of another version."""
 
 
+class Overloaded(AsrError):
+    """More streams, or more audio of one stream, than was agreed to hold; try again later, or elsewhere."""
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One row or file that was skipped: `where` it was ("file:line" or a path) and the `reason`."""

@@ -1,6 +1,7 @@
 """How well a text was recognized: word and character error rates, as counts that add up."""
 
 from dataclasses import dataclass, fields
+from itertools import zip_longest
 
 from asr.text import normalize
 
@@ -69,6 +70,25 @@ def count_errors(reference: str, hypothesis: str) -> ErrorCounts:
         characters=len(reference),
         character_errors=characters.substitutions + characters.deletions + characters.insertions,
     )
+
+
+def align_words(reference: str, hypothesis: str) -> list[tuple[str | None, str | None]]:
+    """Pair the words of two texts, both normalised first, in the cheapest alignment; None: a word without a partner.
+
+    Returns:
+        (reference word, hypothesis word) in order; their errors are those that `count_errors` counts.
+    """
+    import jiwer
+
+    said, written = normalize(reference).split(), normalize(hypothesis).split()
+    if not said or not written:
+        return [(word, None) for word in said] + [(None, word) for word in written]
+    pairs: list[tuple[str | None, str | None]] = []
+    for chunk in jiwer.process_words(" ".join(said), " ".join(written)).alignments[0]:
+        pairs += zip_longest(
+            said[chunk.ref_start_idx : chunk.ref_end_idx], written[chunk.hyp_start_idx : chunk.hyp_end_idx]
+        )
+    return pairs
 
 
 def _rate(errors: int, total: int) -> float:

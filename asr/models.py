@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -63,10 +64,17 @@ class Network(Chain):
         tokenizer: the vocabulary.
         mean, variance: of the features, (bands,).
         phones: names of the auxiliary phone targets, blank first; empty without them.
+        states: how many phone states are frame-wise targets beside the phones (asr.training.align); 0 without them.
     """
 
     def __init__(
-        self, config: NetworkConfig, tokenizer: Tokenizer, mean: Tensor, variance: Tensor, phones: tuple[str, ...] = ()
+        self,
+        config: NetworkConfig,
+        tokenizer: Tokenizer,
+        mean: Tensor,
+        variance: Tensor,
+        phones: tuple[str, ...] = (),
+        states: int = 0,
     ) -> None:
         model = config.model
         layers: list[StreamingLayer] = [LogMel(config.features), Normalise(mean, variance)]
@@ -76,13 +84,15 @@ class Network(Chain):
             size = channels
         self.first_recurrent = len(layers)
         for _ in range(model.layers):
-            if model.cell == "lstm" and not model.residual:
-                layers.append((BiLSTM if model.bidirectional else LSTM)(size, model.hidden, model.dropout))
+            starts: Any = {"forget_bias": model.forget_bias, "longest_memory": model.chrono_frames}
+            if model.cell == "lstm" and not (model.residual or model.variational_dropout or model.zoneout):
+                layers.append((BiLSTM if model.bidirectional else LSTM)(size, model.hidden, model.dropout, **starts))
                 size = model.hidden * (2 if model.bidirectional else 1)
             else:
                 layer = stacked(
-                    model.cell, size, model.hidden,
-                    bidirectional=model.bidirectional, dropout=model.dropout, residual=model.residual,
+                    model.cell, size, model.hidden, bidirectional=model.bidirectional, dropout=model.dropout,
+                    residual=model.residual, variational_dropout=model.variational_dropout, zoneout=model.zoneout,
+                    **starts,
                 )  # fmt: skip
                 layers.append(layer)
                 size = layer.output_size
@@ -94,6 +104,7 @@ class Network(Chain):
         super().__init__(layers)
         self.config, self.tokenizer, self.phones = config, tokenizer, phones
         self.phone_output = Output(size, len(phones)) if model.phone_layer and phones else None
+        self.state_output = Output(size, states) if model.phone_layer and states else None
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         features, frames = self.normalised_features(x, lengths)
@@ -106,15 +117,16 @@ class Network(Chain):
         audio = torch.where(valid(lengths, audio.shape[1]), audio, 0.0)
         return normalise(*log_mel(audio, lengths))
 
-    def read_features(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Features -> token log-probabilities, lengths, and phone log-probabilities where the network has them."""
-        phones = None
+    def read_features(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Features -> token log-probabilities, lengths, and those of "phones" and "states" where it has them."""
+        auxiliary = {}
         phone_layer = self.first_recurrent + self.config.model.phone_layer - 1
         for i, layer in enumerate(self._each()[2:], start=2):
             x, lengths = layer(x, lengths)
-            if self.phone_output is not None and i == phone_layer:
-                phones, _ = self.phone_output(x, lengths)
-        return x, lengths, phones
+            if i == phone_layer:
+                heads = {"phones": self.phone_output, "states": self.state_output}
+                auxiliary = {name: head(x, lengths)[0] for name, head in heads.items() if head is not None}
+        return x, lengths, auxiliary
 
 
 def save_network(network: Network, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
@@ -160,9 +172,10 @@ def load_network(folder: str | Path) -> Network:
     phones = folder / "phones.txt"
     names = tuple(phones.read_text(encoding="utf-8").split()) if phones.is_file() else ()
     bands = torch.zeros(config.features.bands)
-    network = Network(config, tokenizer, bands, bands, names)
     try:
         weights = load_file(folder / "weights.safetensors")
+        states = len(weights.get("state_output.linear.bias", ()))
+        network = Network(config, tokenizer, bands, bands, names, states)
         network.load_state_dict({name: v.float() if v.is_floating_point() else v for name, v in weights.items()})
     except Exception as error:  # safetensors raises its own kinds, torch RuntimeError
         raise ModelError(f"{folder}/weights.safetensors: {str(error).splitlines()[0]}") from error

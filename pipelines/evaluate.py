@@ -13,9 +13,11 @@ from asr.audio import SAMPLE_RATE, read_audio
 from asr.errors import AudioError, ManifestError, Problem
 from asr.manifest import Utterance, read_manifest
 from asr.metrics import ErrorCounts, count_errors
+from pipelines.evaluate_live import Joined, Partials, Stability, join
 from pipelines.transcribe import RecognizerOptions
 
 if TYPE_CHECKING:
+    from asr.network import Transcript
     from asr.recognizer import Recognizer
 
 # Rows of one length are read and recognized together: so many, or so many seconds, bound the memory.
@@ -23,6 +25,30 @@ _GROUP_UTTERANCES = 16
 _GROUP_SECONDS = 320.0
 _BLOCK = SAMPLE_RATE // 10  # samples fed to a session at a time, as a microphone would
 _ROUNDING_SECONDS = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One row and what was recognized in it: `transcript` is None where its audio cannot be read."""
+
+    manifest: str
+    row: Utterance | Joined
+    transcript: "Transcript | None"
+
+    @property
+    def reference(self) -> str:
+        """What was said, as the manifest writes it."""
+        return self.row.text or ""
+
+    @property
+    def speaker(self) -> str | None:
+        """Who speaks, where the manifest tells."""
+        return (self.row.parts[0] if isinstance(self.row, Joined) else self.row).speaker
+
+    @property
+    def hypothesis(self) -> str:
+        """What was recognized; nothing where the audio cannot be read, so that all its words are deletions."""
+        return self.transcript.text if self.transcript else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +61,7 @@ class Score:
         errors: the counts.
         audio_seconds: audio that was recognized.
         processing_seconds: time from file to text (reading, recognizing), the loading of the model aside.
+        stability: of the partial text, where it was read as live audio.
     """
 
     manifest: str
@@ -45,6 +72,7 @@ class Score:
     errors: ErrorCounts
     audio_seconds: float
     processing_seconds: float
+    stability: Stability | None = None
 
     @property
     def rtf(self) -> float:
@@ -64,6 +92,7 @@ class Score:
             "wer": errors.wer if math.isfinite(errors.wer) else None,
             "cer": errors.cer if math.isfinite(errors.cer) else None,
             "rtf": self.rtf,
+            **({} if self.stability is None else {"partial_words_changed": self.stability.share}),
         }
 
 
@@ -73,7 +102,9 @@ def evaluate(
     *,
     network: str = "offline",
     endpoint: bool = False,
-    on_utterance: Callable[[Utterance, str], None] | None = None,
+    two_pass: bool = False,
+    join_seconds: float | None = None,
+    on_utterance: Callable[[Outcome], None] | None = None,
 ) -> tuple[list[Score], list[Problem]]:
     """Score every manifest, and name the rows and manifests that could not be read.
 
@@ -81,7 +112,9 @@ def evaluate(
         manifests: what `asr.manifest.read_manifest` knows.
         network: "offline" reads whole utterances; "streaming" is fed in blocks, as live audio comes.
         endpoint: cut each row where an utterance seems to end, as `asr transcribe` does; else score it whole.
-        on_utterance: is told each row and its hypothesis, in the order of the manifest.
+        two_pass: with "streaming" and `endpoint`: the offline network reads every segment again.
+        join_seconds: score the utterances of each speaker joined to so much audio, with pauses between them.
+        on_utterance: is told the outcome of each row, in the order of the manifest.
 
     Raises:
         ModelError: the model cannot be loaded, or lacks the network.
@@ -101,22 +134,27 @@ def evaluate(
             continue
         bad_rows += [Problem(row.where, "no text to score against") for row in rows if row.text is None]
 
-        work = _Work(recognizer, network, cut=endpoint)
-        hypotheses = work.hypotheses(with_text)
+        work = _Work(recognizer, network, cut=endpoint, two_pass=two_pass)
+        scored = with_text if join_seconds is None else join(with_text, join_seconds)
+        outcomes = [
+            Outcome(manifest=str(manifest), row=row, transcript=transcript)
+            for row, transcript in zip(scored, work.transcripts(scored), strict=True)
+        ]
         if on_utterance is not None:
-            for row, hypothesis in zip(with_text, hypotheses, strict=True):
-                on_utterance(row, hypothesis)
-        counts = (count_errors(row.text or "", hyp) for row, hyp in zip(with_text, hypotheses, strict=True))
+            for outcome in outcomes:
+                on_utterance(outcome)
+        counts = (count_errors(outcome.reference, outcome.hypothesis) for outcome in outcomes)
         scores.append(
             Score(
                 manifest=str(manifest),
-                network=network,
+                network="two-pass" if two_pass else network,
                 decoding=options.decoding,
                 utterances=len(with_text),
                 unreadable=len(bad_rows) + len(work.problems),
                 errors=sum(counts, ErrorCounts()),
                 audio_seconds=work.audio_seconds,
                 processing_seconds=work.processing_seconds,
+                stability=work.stability if network == "streaming" else None,
             )
         )
         problems += bad_rows + work.problems
@@ -125,6 +163,7 @@ def evaluate(
 
 def total(scores: Sequence[Score]) -> Score:
     """All scores as one: every word counts the same, whichever manifest it is from."""
+    live = any(s.stability for s in scores)
     return Score(
         manifest="total",
         network=scores[0].network if scores else "",
@@ -134,6 +173,7 @@ def total(scores: Sequence[Score]) -> Score:
         errors=sum((s.errors for s in scores), ErrorCounts()),
         audio_seconds=sum(s.audio_seconds for s in scores),
         processing_seconds=sum(s.processing_seconds for s in scores),
+        stability=sum((s.stability for s in scores if s.stability), Stability()) if live else None,
     )
 
 
@@ -146,15 +186,19 @@ def report(scores: Sequence[Score]) -> dict[str, Any]:
 def table(scores: Sequence[Score]) -> str:
     """The scores as lines to read, with a line for all where there are several."""
     shown = [*scores, total(scores)] if len(scores) > 1 else list(scores)
-    heads = ("utterances", "words", "sub", "del", "ins", "WER %", "CER %", "RTF")
+    heads = ["utterances", "words", "sub", "del", "ins", "WER %", "CER %", "RTF"]
+    if any(s.stability for s in scores):
+        heads.append("changed %")
     width = max((len(s.manifest) for s in shown), default=0)
     lines = [" " * width + "".join(f"{head:>{max(len(head), 7) + 2}}" for head in heads)]
     for s in shown:
         e = s.errors
-        cells = (
+        cells = [
             str(s.utterances), str(e.words), str(e.substitutions), str(e.deletions), str(e.insertions),
             f"{e.wer * 100:.2f}", f"{e.cer * 100:.2f}", f"{s.rtf:.4f}",
-        )  # fmt: skip
+        ]  # fmt: skip
+        if s.stability:
+            cells.append(f"{s.stability.share * 100:.2f}")
         lines.append(
             f"{s.manifest:<{width}}"
             + "".join(f"{c:>{max(len(head), 7) + 2}}" for head, c in zip(heads, cells, strict=True))
@@ -162,59 +206,75 @@ def table(scores: Sequence[Score]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def read_row(row: Utterance) -> np.ndarray:
+    """The audio of a row, float32 (n,) at 16 kHz.
+
+    Raises:
+        AudioError: it cannot be read.
+    """
+    # A declared duration is often rounded; from the start of a file (mostly all of it) a little more is
+    # read, so that the last sound stays. Inside a long recording that would be the neighbour's first.
+    duration = row.duration
+    if duration is not None and row.offset is None:
+        duration += _ROUNDING_SECONDS
+    return read_audio(row.audio, offset=row.offset or 0.0, duration=duration)
+
+
 class _Work:
     """Recognizes the rows of one manifest and keeps the time."""
 
-    def __init__(self, recognizer: "Recognizer", network: str, *, cut: bool) -> None:
+    def __init__(self, recognizer: "Recognizer", network: str, *, cut: bool, two_pass: bool) -> None:
         self._recognizer = recognizer
         self._network = network
-        self._cut = cut
+        self._cut, self._two_pass = cut, two_pass
+        self.stability = Stability()
         self.problems: list[Problem] = []
         self.audio_seconds = 0.0
         self.processing_seconds = 0.0
 
-    def hypotheses(self, rows: Sequence[Utterance]) -> list[str]:
-        """The texts, in the order of the rows; empty where the audio cannot be read."""
-        texts = [""] * len(rows)
+    def transcripts(self, rows: Sequence[Utterance | Joined]) -> "list[Transcript | None]":
+        """In the order of the rows; None where the audio cannot be read."""
+        transcripts: list[Transcript | None] = [None] * len(rows)
         for group in _groups(rows):
             start = time.perf_counter()
             audio = {index: samples for index in group if (samples := self._read(rows[index])) is not None}
-            for index, text in zip(audio, self._recognize(list(audio.values())), strict=True):
-                texts[index] = text
+            for index, transcript in zip(audio, self._recognize(list(audio.values())), strict=True):
+                transcripts[index] = transcript
             self.processing_seconds += time.perf_counter() - start
             self.audio_seconds += sum(len(samples) for samples in audio.values()) / SAMPLE_RATE
-        order = {row.where: index for index, row in enumerate(rows)}
+        parts = (part for row in rows for part in (row.parts if isinstance(row, Joined) else [row]))
+        order = {part.where: index for index, part in enumerate(parts)}
         self.problems.sort(key=lambda problem: order[problem.where])
-        return texts
+        return transcripts
 
-    def _read(self, row: Utterance) -> np.ndarray | None:
-        # A declared duration is often rounded; from the start of a file (mostly all of it) a little more is
-        # read, so that the last sound stays. Inside a long recording that would be the neighbour's first.
-        duration = row.duration
-        if duration is not None and row.offset is None:
-            duration += _ROUNDING_SECONDS
+    def _read(self, row: Utterance | Joined) -> np.ndarray | None:
+        if isinstance(row, Joined):
+            return row.read(self._read)
         try:
-            return read_audio(row.audio, offset=row.offset or 0.0, duration=duration)
+            return read_row(row)
         except AudioError as error:
             self.problems.append(Problem(row.where, str(error)))
             return None
 
-    def _recognize(self, audio: list[np.ndarray]) -> list[str]:
+    def _recognize(self, audio: list[np.ndarray]) -> "list[Transcript]":
         recognizer = self._recognizer
         if self._network == "streaming":
             return [self._as_it_arrives(samples) for samples in audio]
         if self._cut:
-            return [recognizer.transcribe(x, SAMPLE_RATE, network=self._network).text for x in audio]
-        return [transcript.text for transcript in recognizer.transcribe_batch(audio, network=self._network)]
+            return [recognizer.transcribe(x, SAMPLE_RATE, network=self._network) for x in audio]
+        return recognizer.transcribe_batch(audio, network=self._network)
 
-    def _as_it_arrives(self, samples: np.ndarray) -> str:
-        session = self._recognizer.stream(SAMPLE_RATE)
+    def _as_it_arrives(self, samples: np.ndarray) -> "Transcript":
+        session = self._recognizer.stream(SAMPLE_RATE, two_pass=self._two_pass)
+        partials = Partials()
         for start in range(0, len(samples), _BLOCK):
-            session.feed(samples[start : start + _BLOCK])
-        return session.finish().text
+            partials.show(session.feed(samples[start : start + _BLOCK]))
+        transcript = session.finish()
+        self.stability += partials.finish(transcript)
+        return transcript
 
 
-def _groups(rows: Sequence[Utterance]) -> Iterator[list[int]]:
+def _groups(rows: Sequence[Utterance | Joined]) -> Iterator[list[int]]:
     """Indices of rows in groups of about one length, the shortest first; unknown lengths before all."""
     group: list[int] = []
     for index in sorted(range(len(rows)), key=lambda i: rows[i].duration or 0.0):

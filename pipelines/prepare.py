@@ -5,46 +5,38 @@ and its report (`shard-00000.json`); a shard whose report has the same fingerpri
 not made again, so a job that was killed goes on where it was and ends with the same bytes.
 """
 
-import hashlib
 import json
-import os
 import pickle
-import time
+import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from asr.audio import SAMPLE_RATE, read_audio
+from asr.audio import SAMPLE_RATE
 from asr.config import FeatureConfig
-from asr.errors import AsrError, AudioError, ConfigError, ManifestError, Problem
-from asr.features import LogMel
-from asr.files import write_atomically
+from asr.errors import AsrError, ConfigError, ManifestError, Problem
 from asr.lexicon import phones_of
-from asr.manifest import Utterance, read_manifest
-from asr.text import normalize
-from asr.training.shards import VERSION, Statistics, write_shard
+from asr.manifest import Utterance
+from asr.training.shards import VERSION, Statistics
+from pipelines.progress import meter
+from pipelines.report_data import data_report
+from pipelines.shard import ShardJob, finished_report, make_shard, nominal_seconds, writing
+from pipelines.storage import Store, is_remote, read_any_manifest
 
 STORES = ("audio", "features")
 LEXICONS = (None, "cmudict")
-SHORTEST_SECONDS = 0.05
-DURATION_TOLERANCE = (0.2, 0.05)  # seconds, share of the manifest's: the larger one counts
-_FEATURE_BLOCK = 30 * SAMPLE_RATE
-_ASSUMED_SECONDS = 5.0  # of a row that doesn't tell, for cutting shards and the progress bar
+_TASK_DEATHS = 5  # of one shard's task, before the job gives up: nodes do get lost, but not that often
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
     """What `prepare` did: `skipped` are the rows left out, `reused` the shards found finished."""
 
-    out: Path
+    out: str
     utterances: int
     seconds: float
     shards: int
@@ -52,35 +44,16 @@ class Summary:
     skipped: tuple[Problem, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """One shard to make: all that its task needs to know."""
+class _Source(NamedTuple):
+    """A manifest, the shards that it becomes, and its rows that could not be read."""
 
-    shard: Path
-    rows: tuple[Utterance, ...]
-    source: str
-    needs_text: bool
-    store: str
-    lexicon: str | None
-
-    @property
-    def report(self) -> Path:
-        return self.shard.with_suffix(".json")
-
-    @property
-    def seconds(self) -> float:
-        return sum(map(_nominal_seconds, self.rows))
-
-    def fingerprint(self) -> str:
-        """Changes with the rows, with their files (size, time) and with the settings."""
-        rows = [asdict(row) for row in self.rows]
-        settings = [VERSION, asdict(FeatureConfig()), self.source, self.needs_text, self.store, self.lexicon]
-        told = json.dumps([settings, rows, [_file_state(row.audio) for row in self.rows]])
-        return hashlib.sha256(told.encode()).hexdigest()
+    manifest: str
+    jobs: list[ShardJob]
+    unread: list[Problem]
 
 
 def prepare(
-    manifests: list[Path] | list[str],
+    manifests: Sequence[Path | str],
     out: str | Path,
     *,
     workers: int = 1,
@@ -88,66 +61,99 @@ def prepare(
     lexicon: str | None = None,
     address: str | None = None,
     shard_seconds: float = 600.0,
+    max_errors: int | None = None,
 ) -> Summary:
     """Check and decode the rows of `manifests` once, and write the folder `out` that training reads.
 
     Run again after an interruption, it goes on; run again with the same data, it does nothing.
 
     Args:
-        manifests: files or folders that `asr.manifest.read_manifest` knows.
-        out: the folder for shards, dataset.json and skipped.jsonl; on a cluster all nodes must see it.
+        manifests: files or folders that `asr.manifest.read_manifest` knows, or URLs of such (s3://...).
+        out: the folder for shards, dataset.json, skipped.jsonl and report.html, or its URL; on a cluster all
+            nodes must see it.
         workers: Ray Data tasks at a time; 0 works in this process and imports no ray.
         store: "audio" keeps samples, "features" keeps float16 log-mel frames instead.
         lexicon: "cmudict" adds the phones of English text; None adds none.
         address: a running Ray cluster; None: RAY_ADDRESS, or else a local one.
         shard_seconds: audio in a shard, by the manifest's durations.
+        max_errors: stop when more rows than that cannot be used; None goes on to the end.
 
     Raises:
         ConfigError: a setting is impossible, or a package for it is missing.
-        ManifestError: a manifest cannot be read or has no usable row.
+        ManifestError: a manifest cannot be read or has no usable row, or there are more than `max_errors`.
         AsrError: `out` cannot be written.
     """
-    out = Path(out)
     if store not in STORES:
         raise ConfigError(f"store {store!r}: allowed are {', '.join(STORES)}")
     if lexicon not in LEXICONS:
         raise ConfigError(f"lexicon {lexicon!r}: allowed are cmudict, or none")
     if workers < 0:
         raise ConfigError(f"workers {workers}: 0 works in this process, 1 or more are Ray tasks at a time")
+    if max_errors is not None and max_errors < 0:
+        raise ConfigError(f"max_errors {max_errors}: must be 0 or more")
     if not manifests:
         raise ManifestError("no manifest was given")
     if lexicon:
         phones_of("")  # a missing package is found here, not in every task
 
-    jobs: list[_Job] = []
-    unread: list[Problem] = []
-    owner: list[Path] = []  # the manifest of each job
-    for manifest in map(Path, manifests):
-        rows, problems = read_manifest(manifest)
-        unread += problems
-        for part in _cut(rows, shard_seconds):
-            jobs.append(
-                _Job(
-                    shard=out.absolute() / f"shard-{len(jobs):05d}.arrow",
-                    rows=part,
-                    source=_source(manifest),
-                    needs_text=any(row.text is not None for row in rows),
-                    store=store,
-                    lexicon=lexicon,
-                )
-            )
-            owner.append(manifest)
+    folder = Store(str(out))
+    sources: list[_Source] = []
+    count = 0
+    for manifest in map(str, manifests):
+        rows, unread = read_any_manifest(manifest)
+        jobs = shard_jobs(manifest, rows, folder.folder, count, store, lexicon, shard_seconds)
+        count += len(jobs)
+        sources.append(_Source(manifest, jobs, unread))
+    all_jobs = [job for source in sources for job in source.jobs]
 
-    with _writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        for stray in out.glob("*.tmp-[0-9]*"):
-            stray.unlink(missing_ok=True)
-        todo = [job for job in jobs if not _is_finished(job)]
-        if todo:  # what follows changes shards: from here to the end the folder is not a data set
-            (out / "dataset.json").unlink(missing_ok=True)
-    _run(todo, workers, address)
-    with _writing(out):
-        return _assemble(out, jobs, owner, unread, store, reused=len(jobs) - len(todo))
+    with writing(folder.folder):
+        folder.create()
+        names = folder.names()
+        reports = {
+            job.name: report for job in all_jobs if job.name in names and (report := finished_report(job, folder))
+        }
+        reused = len(reports)
+        todo = [job for job in all_jobs if job.name not in reports]
+        if todo and "dataset.json" in names:  # from here to the end the folder is not a data set
+            folder.remove("dataset.json")
+    bad = len(_skipped(sources, reports))
+    if max_errors is not None and bad > max_errors:
+        raise _too_many(sources, reports, max_errors, folder)
+    if todo:
+        with meter("preparing", sum(job.seconds for job in todo)) as advance:
+            for job, report in _made(todo, workers, address):
+                reports[job.name] = report
+                advance(job.seconds, report["seconds"])
+                bad += len(report["skipped"])
+                if max_errors is not None and bad > max_errors:
+                    raise _too_many(sources, reports, max_errors, folder)
+    with writing(folder.folder):
+        return _assemble(folder, str(out), sources, reports, store, reused=reused)
+
+
+def shard_jobs(
+    manifest: str,
+    rows: list[Utterance],
+    out: str,
+    first: int = 0,
+    store: str = "audio",
+    lexicon: str | None = None,
+    shard_seconds: float = 600.0,
+) -> list[ShardJob]:
+    """The shards that the rows of a manifest become in `out`, counted from `first`."""
+    has_texts = any(row.text is not None for row in rows)
+    return [
+        ShardJob(
+            out=out,
+            name=f"shard-{number:05d}.arrow",
+            rows=part,
+            source=_source_name(manifest),
+            needs_text=has_texts,
+            store=store,
+            lexicon=lexicon,
+        )
+        for number, part in enumerate(_cut(rows, shard_seconds), first)
+    ]
 
 
 def _cut(rows: list[Utterance], shard_seconds: float) -> Iterator[tuple[Utterance, ...]]:
@@ -156,7 +162,7 @@ def _cut(rows: list[Utterance], shard_seconds: float) -> Iterator[tuple[Utteranc
     seconds = 0.0
     for row in rows:
         part.append(row)
-        seconds += _nominal_seconds(row)
+        seconds += nominal_seconds(row)
         if seconds >= shard_seconds:
             yield tuple(part)
             part, seconds = [], 0.0
@@ -164,241 +170,111 @@ def _cut(rows: list[Utterance], shard_seconds: float) -> Iterator[tuple[Utteranc
         yield tuple(part)
 
 
-def _nominal_seconds(row: Utterance) -> float:
-    return row.duration if row.duration is not None else _ASSUMED_SECONDS
+def _source_name(manifest: str) -> str:
+    """The name of the manifest's folder; its own, where it is one."""
+    if is_remote(manifest):
+        path = PurePosixPath(manifest)
+        return path.parent.name if path.suffix or path.name == "wav.scp" else path.name
+    resolved = Path(manifest).resolve()
+    return resolved.name if resolved.is_dir() else resolved.parent.name
 
 
-def _source(manifest: Path) -> str:
-    manifest = manifest.resolve()
-    return manifest.name if manifest.is_dir() else manifest.parent.name
+# ---- making the shards
 
 
-def _file_state(audio: str) -> tuple[int, int] | None:
-    try:
-        state = os.stat(audio)
-    except OSError:
-        return None
-    return state.st_size, state.st_mtime_ns
-
-
-def _is_finished(job: _Job) -> bool:
-    try:
-        report = json.loads(job.report.read_text(encoding="utf-8"))
-        return report["fingerprint"] == job.fingerprint() and report["bytes"] == job.shard.stat().st_size
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-# ---- running the jobs
-
-
-def _run(jobs: list[_Job], workers: int, address: str | None) -> None:
-    """Make the shards, in this process or as Ray Data tasks, with a progress bar on stderr."""
-    if not jobs:
-        return
-    columns = (TextColumn("preparing"), BarColumn(), TextColumn("{task.fields[told]}"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        hours = sum(job.seconds for job in jobs) / 3600
-        task = progress.add_task("", total=hours, told="starting")
-        start = time.monotonic()
-        done = 0.0
-        for index in _finished_jobs(jobs, workers, address):
-            done += jobs[index].seconds / 3600
-            rate = done / max(time.monotonic() - start, 1e-9) * 60
-            told = f"{done:.2f} of {hours:.2f} h of audio, {rate:.2f} h a minute"
-            progress.update(task, completed=done, told=told)
-
-
-def _finished_jobs(jobs: list[_Job], workers: int, address: str | None) -> Iterator[int]:
-    """Make every shard; give the index of each as it is finished.
+def _made(jobs: list[ShardJob], workers: int, address: str | None) -> Iterator[tuple[ShardJob, dict]]:
+    """Make the shards, in this process or as Ray Data tasks; give each with its report when it is finished.
 
     Raises:
-        AsrError: a shard could not be written.
+        AsrError: a shard could not be written, or its task died again and again.
     """
     if workers == 0:
-        for index, job in enumerate(jobs):
-            make_shard(job)
-            yield index
+        for job in jobs:
+            yield job, make_shard(job)
         return
 
     from pipelines import ray_local
 
     with ray_local.start(address, cpus=workers) as ray:
         items = [{"index": index, "job": pickle.dumps(job)} for index, job in enumerate(jobs)]
-        tasks = ray.data.from_items(items, override_num_blocks=len(items)).map(
-            _make_shard_task, num_cpus=1, compute=ray.data.TaskPoolStrategy(size=workers)
-        )
-        for result in tasks.iter_rows():
+        with warnings.catch_warnings(action="ignore"):  # max_retries will be a named argument in Ray 2.64
+            tasks = ray.data.from_items(items, override_num_blocks=len(items)).map(
+                _make_shard_task,
+                num_cpus=1,
+                max_retries=_TASK_DEATHS,  # without it, for ever
+                compute=ray.data.TaskPoolStrategy(size=workers),
+            )
+        rows = iter(tasks.iter_rows())
+        while True:
+            try:
+                result = next(rows, None)
+            except ray.exceptions.RayError as error:
+                reason = str(error).strip().split("\n")[0]
+                raise AsrError(f"a task died {_TASK_DEATHS + 1} times ({reason}); finished shards are kept") from error
+            if result is None:
+                return
             if result["error"]:
                 raise AsrError(result["error"])
-            yield result["index"]
+            yield jobs[result["index"]], json.loads(result["report"])
 
 
 def _make_shard_task(item: dict) -> dict:
     """`make_shard` as a Ray Data row: an error for the reader travels as data, not as a traceback."""
+    told = {"index": item["index"], "report": "", "error": ""}
     try:
-        make_shard(pickle.loads(item["job"]))
+        return told | {"report": json.dumps(make_shard(pickle.loads(item["job"])))}
     except AsrError as error:
-        return {"index": item["index"], "error": str(error)}
-    return {"index": item["index"], "error": ""}
+        return told | {"error": str(error)}
 
 
-# ---- one shard
-
-
-def make_shard(job: _Job) -> None:
-    """Decode and check the rows of `job`; write its shard, then its report.
-
-    Raises:
-        AsrError: the shard cannot be written.
-    """
-    fingerprint = job.fingerprint()  # before reading: a file that changes meanwhile is read again next time
-    rows: list[dict] = []
-    problems: list[Problem] = []
-    characters: Counter[str] = Counter()
-    sums = _FeatureSums()
-    with _one_thread():
-        for utterance in job.rows:
-            try:
-                row, features = _prepare_row(utterance, job)
-            except AsrError as error:
-                problems.append(Problem(utterance.where, str(error)))
-            except Exception as error:  # whatever a decoder throws costs one row, not a night's work
-                reason = f"{utterance.audio}: {type(error).__name__}: {error}"
-                problems.append(Problem(utterance.where, reason))
-            else:
-                rows.append(row)
-                characters.update(row["text"])
-                sums.add(features)
-    statistics = sums.statistics()
-    with _writing(job.shard):
-        write_shard(job.shard, rows)
-        report = {
-            "fingerprint": fingerprint,
-            "bytes": job.shard.stat().st_size,
-            "utterances": len(rows),
-            "seconds": sum(row["n_samples"] for row in rows) / SAMPLE_RATE,
-            "skipped": [asdict(problem) for problem in problems],
-            "characters": dict(sorted(characters.items())),
-            "frames": statistics.frames,
-            "mean": statistics.mean.tolist(),
-            "variance": statistics.variance.tolist(),
-        }
-        write_atomically(job.report, json.dumps(report, ensure_ascii=False))
-
-
-def _prepare_row(utterance: Utterance, job: _Job) -> tuple[dict, np.ndarray]:
-    """A shard's row, and its features: (frames, bands) float32.
-
-    Raises:
-        AsrError: the row is not usable; the message says why.
-    """
-    text = normalize(utterance.text or "")
-    if job.needs_text and not text:
-        raise ManifestError(f"no word in the text {utterance.text or ''!r}")
-    # a whole file is read to its end, to notice one that is longer than told
-    duration = utterance.duration if utterance.offset is not None else None
-    samples = read_audio(utterance.audio, offset=utterance.offset or 0.0, duration=duration)
-    seconds = len(samples) / SAMPLE_RATE
-    if seconds < SHORTEST_SECONDS:
-        raise AudioError(f"{utterance.audio}: {seconds:.3f} s of audio, less than {SHORTEST_SECONDS} s")
-    if utterance.duration is not None:
-        least, share = DURATION_TOLERANCE
-        if abs(seconds - utterance.duration) > max(least, share * utterance.duration):
-            raise AudioError(
-                f"{utterance.audio}: {seconds:.2f} s of audio, the manifest says {utterance.duration:.2f} s"
-            )
-    # as the network will see them in training: after rounding to 16 bit
-    pcm = np.clip(np.rint(samples * 32768.0), -32768, 32767).astype("<i2")
-    features = _log_mel(pcm.astype(np.float32) / 32768.0)
-    stored = features.astype("<f2") if job.store == "features" else None
-    row = {
-        "id": utterance.id,
-        "audio": pcm.tobytes() if stored is None else b"",
-        "n_samples": len(pcm),
-        "features": None if stored is None else stored.tobytes(),
-        "n_frames": None if stored is None else len(stored),
-        "text": text,
-        "phones": phones_of(text) if job.lexicon else None,
-        "speaker": utterance.speaker or "",
-        "source": job.source,
-    }
-    return row, features
-
-
-@cache
-def _feature_layer() -> LogMel:
-    return LogMel(FeatureConfig()).eval()
-
-
-def _log_mel(samples: np.ndarray) -> np.ndarray:
-    """(n,) float32 at 16 kHz -> (n // 160, bands) float32, in blocks: long rows fit."""
-    layer = _feature_layer()
-    blocks = []
-    with torch.inference_mode():
-        state = layer.initial_state(1)
-        for start in range(0, len(samples), _FEATURE_BLOCK):
-            block, state = layer.step(torch.from_numpy(samples[None, start : start + _FEATURE_BLOCK]), state)
-            blocks.append(block[0].numpy())
-    return np.concatenate(blocks)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One torch thread: the tasks fill the cores, and threads inside them would only fight."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-class _FeatureSums:
-    """Sums of features and of their squares, in float64."""
-
-    def __init__(self) -> None:
-        self.frames = 0
-        self.sum: np.ndarray | float = 0.0
-        self.squares: np.ndarray | float = 0.0
-
-    def add(self, features: np.ndarray) -> None:
-        wide = features.astype(np.float64)
-        self.frames += len(wide)
-        self.sum = self.sum + wide.sum(axis=0)
-        self.squares = self.squares + (wide**2).sum(axis=0)
-
-    def statistics(self) -> Statistics:
-        n = max(self.frames, 1)
-        mean = np.asarray(self.sum) / n
-        return Statistics(frames=self.frames, mean=mean, variance=np.asarray(self.squares) / n - mean**2)
+def _too_many(sources: list[_Source], reports: dict[str, dict], most: int, folder: Store) -> ManifestError:
+    """The error where more than `most` rows are unusable; skipped.jsonl tells of those known so far."""
+    skipped = _skipped(sources, reports)
+    with writing(folder.folder):
+        _write_skipped(folder, skipped)
+    return ManifestError(
+        f"{len(skipped)} rows cannot be used so far, {most} are allowed; the first: {skipped[0]}. "
+        f"All are in {folder.path('skipped.jsonl')}: mend them or allow more, and run again; "
+        f"{len(reports)} finished shards are kept"
+    )
 
 
 # ---- the whole
 
 
+def _skipped(sources: list[_Source], reports: dict[str, dict]) -> list[Problem]:
+    """Rows that could not be read, then those that finished shards left out."""
+    unread = [problem for source in sources for problem in source.unread]
+    made = [reports[job.name] for source in sources for job in source.jobs if job.name in reports]
+    return unread + [Problem(**problem) for report in made for problem in report["skipped"]]
+
+
+def _write_skipped(folder: Store, skipped: list[Problem]) -> None:
+    lines = [json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in skipped]
+    folder.write("skipped.jsonl", "".join(lines))
+
+
 def _assemble(
-    out: Path, jobs: list[_Job], owner: list[Path], unread: list[Problem], store: str, *, reused: int
+    folder: Store, out: str, sources: list[_Source], reports: dict[str, dict], store: str, *, reused: int
 ) -> Summary:
-    """Join the shards' reports into dataset.json and skipped.jsonl, and remove shards of earlier runs."""
-    reports = [json.loads(job.report.read_text(encoding="utf-8")) for job in jobs]
-    skipped = unread + [Problem(**problem) for report in reports for problem in report["skipped"]]
-    for manifest in dict.fromkeys(owner):
-        own = [report for report, of in zip(reports, owner, strict=True) if of == manifest]
-        if not any(report["utterances"] for report in own):
-            lost = [Problem(**problem) for report in own for problem in report["skipped"]]
-            raise ManifestError(f"{manifest}: none of its {len(lost)} rows is usable; the first: {lost[0]}")
+    """Join the shards' reports into dataset.json, skipped.jsonl and report.html; remove shards of earlier runs."""
+    skipped = _skipped(sources, reports)
+    for source in sources:
+        if not any(reports[job.name]["utterances"] for job in source.jobs):
+            lost = _skipped([source._replace(unread=[])], reports)
+            raise ManifestError(f"{source.manifest}: none of its {len(lost)} rows is usable; the first: {lost[0]}")
+    in_order = {job.name: reports[job.name] for source in sources for job in source.jobs}
     characters: Counter[str] = Counter()
-    for report in reports:
+    for report in in_order.values():
         characters.update(report["characters"])
     statistics = Statistics.join(
         Statistics(frames=r["frames"], mean=np.array(r["mean"]), variance=np.array(r["variance"]))
-        for r in reports
+        for r in in_order.values()
         if r["frames"]
     )
     told = [
-        {"file": job.shard.name, "utterances": report["utterances"], "seconds": report["seconds"]}
-        for job, report in zip(jobs, reports, strict=True)
+        {"file": name, "utterances": report["utterances"], "seconds": report["seconds"]}
+        for name, report in in_order.items()
     ]
     dataset = {
         "version": VERSION,
@@ -414,28 +290,20 @@ def _assemble(
         "mean": statistics.mean.tolist(),
         "variance": statistics.variance.tolist(),
     }
-    lines = [json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in skipped]
-    write_atomically(out / "skipped.jsonl", "".join(lines))
-    write_atomically(out / "dataset.json", json.dumps(dataset, ensure_ascii=False, indent=1))
-    kept = {job.shard for job in jobs} | {job.report for job in jobs}
-    for stray in out.absolute().glob("shard-[0-9]*"):
-        if stray not in kept:
-            stray.unlink()
+    _write_skipped(folder, skipped)
+    names = dict.fromkeys(_source_name(source.manifest) for source in sources)
+    page = data_report(f"Prepared data: {', '.join(names)}", list(in_order.values()), statistics, skipped)
+    folder.write("report.html", page)
+    kept = {name for job in in_order for name in (job, job.replace(".arrow", ".json"))}
+    for stray in folder.names():
+        if stray.startswith("shard-") and stray not in kept:
+            folder.remove(stray)
+    folder.write("dataset.json", json.dumps(dataset, ensure_ascii=False, indent=1))
     return Summary(
         out=out,
         utterances=dataset["utterances"],
         seconds=dataset["seconds"],
-        shards=len(jobs),
+        shards=len(in_order),
         reused=reused,
         skipped=tuple(skipped),
     )
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn an OSError into an error that names the place."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise AsrError(f"{path}: cannot write: {reason}; finished shards are kept") from error

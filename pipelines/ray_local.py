@@ -1,5 +1,7 @@
 """How a job gets its Ray: it joins a running cluster, or starts a quiet local one and removes its traces."""
 
+import fcntl
+import glob
 import logging
 import os
 import secrets
@@ -9,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import IO
 
 from asr.errors import ConfigError
 
@@ -63,7 +66,10 @@ def start(address: str | None = None, cpus: int | None = None) -> Iterator[Modul
             ray.shutdown()
     else:
         # not below TMPDIR, which may be long: the path of a socket has at most 107 bytes
-        folder = tempfile.mkdtemp(prefix="asr-ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp"))
+        parent = os.environ.get("RAY_TMPDIR", "/tmp")
+        _remove_what_killed_jobs_left(parent)
+        folder = tempfile.mkdtemp(prefix="asr-ray-", dir=parent)
+        lock = _lock(folder)
         try:
             ray.init(
                 address="local",
@@ -78,6 +84,25 @@ def start(address: str | None = None, cpus: int | None = None) -> Iterator[Modul
         finally:
             ray.shutdown()
             shutil.rmtree(folder, ignore_errors=True)
+            lock.close()
+
+
+def _lock(folder: str) -> IO[bytes]:
+    """Mark a folder as one in use, until this process ends, however it does."""
+    lock = open(f"{folder}/.lock", "wb")  # noqa: SIM115 (held as long as the cluster lives)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os.rename(f"{folder}/.lock", f"{folder}/lock")
+    return lock
+
+
+def _remove_what_killed_jobs_left(parent: str) -> None:
+    for path in glob.glob(f"{parent}/asr-ray-*/lock"):
+        try:
+            with open(path, "rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # in use, or another user's
+            continue
+        shutil.rmtree(os.path.dirname(path), ignore_errors=True)
 
 
 def _knock(address: str) -> None:

@@ -200,8 +200,12 @@ class Screen(Protocol):
         ...
 
 
-def stream(source: Source, options: RecognizerOptions, screen: Screen) -> tuple["Transcript", Timing, bool]:
+def stream(
+    source: Source, options: RecognizerOptions, screen: Screen, *, two_pass: bool = False
+) -> tuple["Transcript", Timing, bool]:
     """Recognize `source` until it ends, or until Ctrl-C, and show its text as it comes.
+
+    With `two_pass` the offline network reads every finished segment again.
 
     Returns:
         The whole transcript, how it kept up, and whether Ctrl-C ended it.
@@ -210,7 +214,7 @@ def stream(source: Source, options: RecognizerOptions, screen: Screen) -> tuple[
         AsrError: the model cannot be loaded or has no streaming network; or the audio broke off, and what was
             heard until then has been shown.
     """
-    session = options.load().stream(source.sample_rate)
+    session = options.load().stream(source.sample_rate, two_pass=two_pass)
     timing = Timing()
     behind = False
     shown = 0

@@ -2,28 +2,49 @@
 
 import json
 import os
+import platform
+import tomllib
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from asr.config import TrainConfig, from_dict, to_toml
-from asr.errors import AsrError
+from asr.errors import AsrError, ConfigError
 from asr.files import write_atomically
 
+_ATTEMPTS = 3  # that get no further than the one before
+_RESIZE_SECONDS = 10.0  # between looks for workers to take back
 
-def train(config: TrainConfig, out: str | Path, *, workers: int = 1, address: str | None = None) -> Path:
+
+def train(
+    config: TrainConfig,
+    out: str | Path,
+    *,
+    workers: int = 1,
+    min_workers: int | None = None,
+    address: str | None = None,
+) -> Path:
     """Train a network, or go on with a run that stopped; gives the run's model folder, complete with its graphs.
+
+    A worker or a node that dies costs the steps since the last checkpoint. The global batches are the same with any
+    number of workers.
 
     Args:
         config: everything that is trained and how.
         out: the run's folder, on storage that all workers reach.
         workers: Ray Train workers, each with one GPU where the cluster has them; 0 trains in this process without ray.
+        min_workers: go on with as few, where nodes are lost, until they come back; None: with no fewer than `workers`.
         address: a running Ray cluster; None: RAY_ADDRESS, or a local one.
 
     Raises:
         AsrError: data, configuration or checkpoint are not usable, or training cannot go on.
     """
+    from asr.training.start import with_absolute_paths
+
     run = Path(out).absolute()
-    config = _with_absolute_paths(config)
+    config = with_absolute_paths(config)
+    if min_workers is not None and not 1 <= min_workers <= workers:
+        raise ConfigError(f"min_workers = {min_workers}: must be 1 up to the {workers} workers")
     if workers == 0:
         import torch
 
@@ -32,7 +53,7 @@ def train(config: TrainConfig, out: str | Path, *, workers: int = 1, address: st
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network = run_training(config, run, device=device)
     else:
-        network = _train_on_ray(config, run, workers, address)
+        network = train_on_ray(config, run, (min_workers or workers, workers), address)
     from asr.runtime.export import write_graphs
 
     write_graphs(network)
@@ -44,8 +65,7 @@ def _write_card(config: TrainConfig, run: Path) -> None:
     """Say in RUN/model/card.json what the model was trained on and how it scored."""
     from asr.training.shards import ShardDataset
 
-    rows = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    scores = [row for row in rows if row["kind"] == "dev"]
+    scores = [row for row in _log(run) if row["kind"] == "dev"]
     data = [ShardDataset(folder) for folder in config.data.train]
     card = {
         "name": run.name,
@@ -56,58 +76,88 @@ def _write_card(config: TrainConfig, run: Path) -> None:
     write_atomically(run / "model" / "card.json", json.dumps(card, indent=1) + "\n")
 
 
-def _train_on_ray(config: TrainConfig, run: Path, workers: int, address: str | None) -> Path:
-    from asr.training.loop import check_inputs
+def _log(run: Path) -> list[dict]:
+    log = run / "log.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def train_on_ray(config: TrainConfig, run: Path, workers: tuple[int, int], address: str | None) -> Path:
+    """Train on as many as workers[1] workers, no fewer than workers[0]; gives the network's folder, without graphs."""
+    from asr.training.checkpoint import checkpoints
+    from asr.training.display import Display
+    from asr.training.ranks import RankError
+    from asr.training.start import check_inputs
     from pipelines import ray_local
 
-    check_inputs(config, run)  # what cannot start is told here, not by a worker that Ray would start again
-    with ray_local.start(address, cpus=max(workers, os.cpu_count() or 1)) as ray:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
-
-        from asr.training.display import Display
-
-        run.mkdir(parents=True, exist_ok=True)
-        gpu = ray.cluster_resources().get("GPU", 0) >= workers
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={"config": to_toml(config), "run": str(run)},
-            scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu),
-            run_config=RunConfig(
-                name="ray",
-                storage_path=str(run),
-                failure_config=FailureConfig(max_failures=3),
-            ),
-        )
-        try:
-            with Display() as display:  # the workers' own output stays in Ray's logs
-                display.follow(run / "log.jsonl")
-                trainer.fit()
-        except Exception as error:  # Ray wraps what a worker raised: give the reader the cause, not the wrapping
-            cause = _own_error(error)
-            reason = str(cause) if cause else f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-            raise AsrError(f"{reason} (run again to go on from the last checkpoint in {run})") from error
+    check_inputs(config, run)  # what cannot start is told here, not by a worker
+    with ray_local.start(address, cpus=max(workers[1], os.cpu_count() or 1)) as ray, Display() as display:
+        display.follow(run / "log.jsonl")  # the workers' own output stays in Ray's logs
+        failures = 0
+        while True:
+            before = checkpoints(run / "checkpoints")[-1:]
+            try:
+                _fit(ray, config, run, workers, display.note)
+                break
+            except Exception as error:  # Ray wraps what a worker raised: give the reader the cause, not the wrapping
+                cause = _own_error(error)
+                reason = str(cause or _dead_workers(error, run) or f"{type(error).__name__}: {error}").strip()
+                now = checkpoints(run / "checkpoints")[-1:]
+                failures = failures + 1 if now == before else 1
+                if (cause and not isinstance(cause, RankError)) or failures == _ATTEMPTS:
+                    raise AsrError(f"{reason} (run again to go on from the last checkpoint in {run})") from error
+                display.note(f"{reason}; starting again from {now[0].name if now else 'the beginning'}")
     return run / "model" / config.model.kind
+
+
+def _fit(ray: ModuleType, config: TrainConfig, run: Path, workers: tuple[int, int], note: Any) -> None:
+    """One attempt: Ray Train's workers run the loop to its end, or Ray raises."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    least, most = workers
+    there = ray.cluster_resources()
+    gpu = there.get("GPU", 0) >= least
+    found = int(there.get("GPU" if gpu else "CPU", 0))
+    if found < least:
+        note(f"the cluster has room for {found} of {least} workers; waiting for more nodes (Ctrl-C ends this)")
+    run.mkdir(parents=True, exist_ok=True)
+    TorchTrainer(
+        _worker,
+        train_loop_config={"config": to_toml(config), "run": str(run)},
+        scaling_config=ScalingConfig(
+            num_workers=most if least == most else (least, most),
+            use_gpu=gpu,
+            elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
+        ),
+        torch_config=TorchConfig(timeout_s=round(config.training.hang_seconds)),
+        run_config=RunConfig(name="ray", storage_path=str(run)),
+    ).fit()
 
 
 def _worker(settings: dict[str, Any]) -> None:
     """One Ray Train worker: the same loop as in a process of its own."""
-    import tomllib
-
     import ray.train
     import ray.train.torch
 
     from asr.training.loop import run_training
+    from asr.training.ranks import RankError
 
     context = ray.train.get_context()
-    run_training(
-        from_dict(TrainConfig, tomllib.loads(settings["config"]), where="config"),
-        Path(settings["run"]),
-        rank=context.get_world_rank(),
-        world=context.get_world_size(),
-        device=ray.train.torch.get_device(),
-        report=ray.train.report,
-    )
+    rank, world = context.get_world_rank(), context.get_world_size()
+    try:
+        run_training(
+            from_dict(TrainConfig, tomllib.loads(settings["config"]), where="config"),
+            Path(settings["run"]),
+            rank=rank,
+            world=world,
+            device=ray.train.torch.get_device(),
+            report=ray.train.report,
+        )
+    except RankError:
+        raise
+    except AsrError as error:
+        raise type(error)(f"{error} (seen by worker {rank} of {world} on {platform.node()})") from error
 
 
 def _own_error(error: BaseException | None) -> AsrError | None:
@@ -125,15 +175,14 @@ def _own_error(error: BaseException | None) -> AsrError | None:
     return None
 
 
-def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Workers run in a folder of their own: name the data from the root."""
-    import dataclasses
+def _dead_workers(error: Exception, run: Path) -> str | None:
+    """The names of the workers whose process is gone, if that is what Ray raised."""
+    from ray.exceptions import RayActorError
 
-    def absolute(path: str) -> str:
-        return path if not path or "://" in path else str(Path(path).absolute())
-
-    data = dataclasses.replace(
-        config.data, train=tuple(map(absolute, config.data.train)), dev=tuple(map(absolute, config.data.dev))
-    )
-    augment = dataclasses.replace(config.augment, noise=absolute(config.augment.noise))
-    return dataclasses.replace(config, data=data, augment=augment, init_from=absolute(config.init_from))
+    failures = getattr(error, "worker_failures", {})
+    dead = [rank for rank, e in failures.items() if isinstance(getattr(e, "health_check_failure", e), RayActorError)]
+    if not dead:
+        return None
+    started = [row.get("workers", "").split(", ") for row in _log(run) if row["kind"] == "start"]
+    names = dict(enumerate(started[-1] if started else []))
+    return f"{', '.join(names.get(rank, f'rank {rank}') for rank in dead)}: died"

@@ -1,14 +1,19 @@
-"""`asr transcribe`: recordings become text, one after the other or many at a time over Ray Data."""
+"""`asr transcribe`: recordings and manifests become text, one after the other or many at a time over Ray."""
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from asr.endpoint import EndpointConfig
 from asr.errors import AsrError, AudioError, Problem
+from asr.manifest import Utterance
 from pipelines.formats import render, render_among_many, write_text
+from pipelines.pool import map_in_order
+from pipelines.predictions import Prediction, PredictionFile, is_manifest, recognize_rows, row_seconds
+from pipelines.progress import meter
 
 if TYPE_CHECKING:
     from asr.recognizer import Recognizer
@@ -32,6 +37,7 @@ AUDIO_SUFFIXES = frozenset(
     }
     | {".rf64", ".amr", ".wma", ".m4a", ".aac", ".mp4", ".mkv", ".mov", ".webm", ".3gp"}
 )
+_BYTES_A_SECOND = 16_000  # of a recording, about: the meter guesses lengths by it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +50,8 @@ class RecognizerOptions:
     threads: int = 1
     decoding: str = "greedy"
     search: Mapping[str, float] = field(default_factory=dict)  # of the beam search: beam, lm_weight, ...
+    calibrated: bool = True  # times and confidences of words
+    rules: EndpointConfig = EndpointConfig()  # noqa: RUF009 (frozen)
 
     def load(self, *, endpoint: bool = True) -> "Recognizer":
         """Load the model; `endpoint=False` leaves audio uncut, however long.
@@ -59,20 +67,29 @@ class RecognizerOptions:
             "threads": self.threads,
             "decoding": self.decoding,
             **self.search,
+            "endpoint": self.rules if endpoint else None,
+            "calibrated": self.calibrated,
         }
-        if not endpoint:
-            chosen["endpoint"] = None
         return Recognizer.load(self.model, **chosen)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One recording: its `text` in the format asked for, the file `kept` from earlier, or a `problem`."""
+    """One recording, or one row of a manifest.
+
+    Attributes:
+        audio: the recording.
+        text: the transcript in the format asked for; of a row its prediction, a line of JSON.
+        kept: the file that holds it already, from an earlier run.
+        problem: why there is no text.
+        seconds: of audio that were recognized.
+    """
 
     audio: Path
     text: str = ""
     kept: Path | None = None
     problem: Problem | None = None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +103,32 @@ class _Task:
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """What all recordings share."""
+    """What all recordings and rows share."""
 
-    tasks: tuple[_Task, ...]
     options: RecognizerOptions
     network: str
     format: str
     many: bool
+    folder: str  # where the command was called: paths are relative to it
 
-    def run(self, recognizer: "Recognizer", task: _Task) -> Result:
+    def open(self) -> Callable[[Sequence[_Task | Utterance]], list[Result | Prediction]]:
+        """Load the recognizer; what it returns does a batch: rows of a manifest, or recordings.
+
+        Raises:
+            ModelError: the model cannot be loaded.
+        """
+        os.chdir(self.folder)
+        recognizer = self.options.load()
+
+        def work(items: Sequence[_Task | Utterance]) -> list[Result | Prediction]:
+            rows = [item for item in items if isinstance(item, Utterance)]
+            if rows:
+                return list(recognize_rows(recognizer, rows, self.network))
+            return [self._transcribe(recognizer, item) for item in items if isinstance(item, _Task)]
+
+        return work
+
+    def _transcribe(self, recognizer: "Recognizer", task: _Task) -> Result:
         """Transcribe one recording; what is wrong with it alone becomes its `problem`."""
         try:
             transcript = recognizer.transcribe(task.audio, network=self.network)
@@ -107,7 +141,7 @@ class _Job:
             text = render_among_many(transcript, self.format, task.name, str(task.audio))
         else:
             text = render(transcript, self.format, task.name)
-        return Result(audio=task.audio, text=text)
+        return Result(audio=task.audio, text=text, seconds=transcript.duration)
 
 
 def transcribe(
@@ -119,33 +153,90 @@ def transcribe(
     output_dir: Path | None = None,
     overwrite: bool = False,
     workers: int = 1,
+    address: str | None = None,
 ) -> Iterator[Result]:
-    """Transcribe recordings; the results come in the order of `audio`, folders sorted by path.
+    """Transcribe recordings, in the order of `audio` and folders sorted by path; then the rows of manifests.
 
     Args:
-        audio: files, and folders that are searched for recordings (`AUDIO_SUFFIXES`), sub-folders too.
+        audio: files, folders that are searched for recordings (`AUDIO_SUFFIXES`), sub-folders too, and manifests
+            (`pipelines.predictions.is_manifest`), each row of which is a result.
         network: "offline" or "streaming".
-        format: one of `pipelines.formats.FORMATS`.
-        output_dir: each recording is written there under its name (sub-folders are kept), atomically; what is
-            there already and newer than its recording is kept, unless `overwrite`.
+        format: of recordings, one of `pipelines.formats.FORMATS`; rows become JSON Lines with `pred_text`.
+        output_dir: each recording is written there under its name (sub-folders are kept), atomically, and the rows
+            of x.jsonl to x.pred.jsonl; what is there already and newer than its recording or manifest is kept, and
+            rows are taken up where they stopped, unless `overwrite`.
         workers: above 1: so many recognizers, each in a Ray actor.
+        address: a running Ray cluster; the recognizers are there, also a single one.
 
     Raises:
         ModelError: the model cannot be loaded.
+        ManifestError: a manifest cannot be read.
         ConfigError: more than one worker and no ray.
         AsrError: the format does not fit, two recordings would get one name, or nothing can be written.
     """
-    found, problems = find_audio(audio)
-    many = len(found) > 1 or any(path.is_dir() for path in audio)
+    manifests = [path for path in audio if is_manifest(path) and not path.is_dir()]
+    others = [path for path in audio if path not in manifests]
+    found, problems = find_audio(others)
+    many = len(found) > 1 or bool(manifests) or any(path.is_dir() for path in audio)
     yield from (Result(audio=Path(problem.where), problem=problem) for problem in problems)
 
     tasks = _tasks(found, output_dir, format)
-    finished = {i for i, task in enumerate(tasks) if not overwrite and _is_finished(task)}
-    todo = [task for i, task in enumerate(tasks) if i not in finished]
-    job = _Job(tasks=tuple(todo), options=options, network=network, format=format, many=many)
-    made = _over_ray(job, workers) if workers > 1 and todo else _here(job)
-    for i, task in enumerate(tasks):
-        yield Result(audio=task.audio, kept=task.target) if i in finished else next(made)
+    targets = _targets(manifests, output_dir)
+    finished = {task for task in tasks if not overwrite and _is_finished(task)}
+    todo = [task for task in tasks if task not in finished]
+    settings = f"{options} {network} {_model_state(options.model)}"
+    files = [
+        PredictionFile(manifest, target, settings, overwrite=overwrite)
+        for manifest, target in zip(manifests, targets, strict=True)
+    ]
+    job = _Job(options=options, network=network, format=format, many=many, folder=os.getcwd())
+    batches: list[Sequence[_Task | Utterance]] = [[task] for task in todo]
+    batches += [batch for file in files for batch in file.batches]
+    with meter("transcribing", sum(_expected_seconds(item) for batch in batches for item in batch)) as advance:
+        made = _made(job, batches, workers, address)
+        for task in tasks:
+            if task in finished:
+                yield Result(audio=task.audio, kept=task.target)
+            else:
+                result = next(made)[0]
+                advance(_expected_seconds(task), result.seconds)
+                yield result
+        for file in files:
+            for result, expected in _predicted(file, made):
+                advance(expected, result.seconds)
+                yield result
+
+
+def _predicted(file: PredictionFile, made: Iterator[list]) -> Iterator[tuple[Result, float]]:
+    """The results of a manifest, each with the seconds of audio that were expected of it."""
+    for problem in file.unread:
+        yield Result(audio=file.manifest, problem=problem), 0.0
+    for row, reason in file.kept:
+        problem = Problem(row.where, f"{row.audio}: {reason}") if reason else None
+        yield Result(audio=Path(row.audio), kept=None if reason else file.target, problem=problem), 0.0
+    for row, prediction, line in file.write(made):
+        reason = prediction.reason
+        problem = Problem(row.where, f"{row.audio}: {reason}") if reason else None
+        yield Result(audio=Path(row.audio), text=line, problem=problem, seconds=prediction.seconds), row_seconds(row)
+
+
+def _made(job: _Job, batches: list[Sequence[_Task | Utterance]], workers: int, address: str | None) -> Iterator[list]:
+    """The results of each batch, in order, as `_Job.open` tells; from here, or from recognizers in actors."""
+    if not batches:
+        return
+    if workers <= 1 and address is None:
+        work = job.open()
+        for batch in batches:
+            yield work(batch)
+        return
+    job.options.load()  # a broken model is told before Ray starts, and once
+    yield from map_in_order(batches, job.open, _lost, workers=min(max(workers, 1), len(batches)), address=address)
+
+
+def _lost(item: _Task | Utterance, reason: str) -> Result | Prediction:
+    if isinstance(item, Utterance):
+        return Prediction(reason=reason)
+    return Result(audio=item.audio, problem=Problem(str(item.audio), reason))
 
 
 def find_audio(paths: Sequence[Path]) -> tuple[list[tuple[Path, Path]], list[Problem]]:
@@ -201,70 +292,34 @@ def _is_finished(task: _Task) -> bool:
         return False
 
 
-def _here(job: _Job) -> Iterator[Result]:
-    if job.tasks:
-        recognizer = job.options.load()
-        for task in job.tasks:
-            yield job.run(recognizer, task)
+def _targets(manifests: Sequence[Path], output_dir: Path | None) -> list[Path | None]:
+    """Where the predictions of each manifest go.
+
+    Raises:
+        AsrError: two would be written to one file.
+    """
+    if output_dir is None:
+        return [None] * len(manifests)
+    names = [f"{path.name.partition('.')[0] if path.name != 'wav.scp' else 'wav'}.pred.jsonl" for path in manifests]
+    for name, count in Counter(names).items():
+        if count > 1:
+            rivals = " and ".join(str(path) for path, own in zip(manifests, names, strict=True) if own == name)
+            raise AsrError(f"{rivals} would be written to one file in {output_dir}: use two output folders")
+    return [output_dir / name for name in names]
 
 
-# ---- over Ray Data
+def _expected_seconds(item: _Task | Utterance) -> float:
+    """What an item is for the meter: a row's length, and of a recording a guess from its bytes."""
+    if isinstance(item, Utterance):
+        return row_seconds(item)
+    try:
+        return item.audio.stat().st_size / _BYTES_A_SECOND
+    except OSError:
+        return 0.0
 
 
-def _over_ray(job: _Job, workers: int) -> Iterator[Result]:
-    """The same results in the same order, from recognizers that each live in an actor."""
-    from pipelines import ray_local
-
-    job.options.load()  # a broken model is told before Ray starts, and once
-    workers = min(workers, len(job.tasks))
-    rows = [{"index": index} for index in range(len(job.tasks))]
-    # one slot more than actors: with none left, the reader of the rows would wait for ever
-    with ray_local.start(cpus=workers + 1) as ray:
-        made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-            _Worker,
-            fn_constructor_args=(job, os.getcwd()),
-            compute=ray.data.ActorPoolStrategy(size=workers),
-            num_cpus=1,
-        )
-        waiting: dict[int, dict] = {}  # finished before an earlier one
-        following = 0
-        for row in made.iter_rows():
-            waiting[row["index"]] = row
-            while following in waiting:
-                yield _result(job.tasks[following], waiting.pop(following))
-                following += 1
-
-
-class _Worker:
-    """One recognizer. Results travel as plain bytes, so that any file name does, and errors as data."""
-
-    def __init__(self, job: _Job, folder: str) -> None:
-        os.chdir(folder)  # paths are relative to where the command was called
-        self._job = job
-        self._recognizer = job.options.load()
-
-    def __call__(self, row: dict) -> dict:
-        told = {"index": row["index"], "text": b"", "reason": b"", "fatal": b""}
-        try:
-            result = self._job.run(self._recognizer, self._job.tasks[row["index"]])
-        except AsrError as error:
-            return told | {"fatal": _to_bytes(str(error))}
-        if result.problem is not None:
-            return told | {"reason": _to_bytes(result.problem.reason)}
-        return told | {"text": _to_bytes(result.text)}
-
-
-def _result(task: _Task, row: dict) -> Result:
-    if row["fatal"]:
-        raise AsrError(_to_text(row["fatal"]))
-    if row["reason"]:
-        return Result(audio=task.audio, problem=Problem(str(task.audio), _to_text(row["reason"])))
-    return Result(audio=task.audio, text=_to_text(row["text"]))
-
-
-def _to_bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")
-
-
-def _to_text(data: bytes) -> str:
-    return data.decode("utf-8", "surrogateescape")
+def _model_state(model: Path | None) -> list[tuple[str, int]]:
+    """The files of a model folder and when they were made: another model makes other predictions."""
+    if model is None:
+        return []
+    return [(str(path), path.stat().st_mtime_ns) for path in sorted(model.rglob("*")) if path.is_file()]

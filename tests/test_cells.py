@@ -17,12 +17,13 @@ from asr.errors import ConfigError, ModelError
 from asr.models import Network
 from asr.nn import (
     CELLS,
+    Bidirectional,
     Cell,
     Chain,
     Recurrent,
     SelfAttention,
-    State,
     StreamingLayer,
+    detach,
     initialise,
     stacked,
 )
@@ -72,7 +73,7 @@ def streaming_layers() -> dict[str, StreamingLayer]:
 @pytest.mark.parametrize("name", streaming_layers())
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
 def test_streaming_contract(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    check_streaming(streaming_layers()[name].to(dtype), torch.randn(3, 48, 6, dtype=dtype), tolerance=tolerance)
+    check_streaming(streaming_layers()[name].to(dtype), speech(3, 48, 6).to(dtype), tolerance=tolerance)
 
 
 @pytest.mark.parametrize("name", [*CELLS, "attention"])
@@ -158,22 +159,56 @@ REFERENCES: dict[str, Callable] = {
 }
 
 
+def follow(name: str, cell: Cell, x: Tensor) -> np.ndarray:
+    """What the reference makes of x (time, size) with the cell's weights: h (time, size)."""
+    weights = {k: v.numpy() for k, v in cell.state_dict().items()}
+    for short, long in (("W", "w.weight"), ("U", "u.weight"), ("b", "w.bias")):
+        weights[short] = weights.pop(long)
+    h, c = np.zeros(cell.output_size), np.zeros(cell.size)
+    outputs = []
+    for x_t in x.numpy():
+        h, c = REFERENCES[name](weights, x_t, h, c)
+        outputs.append(h)
+    return np.array(outputs)
+
+
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_cell_equals_its_equations(name: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Recurrent(cell(name)).eval()
     if not fast:
         monkeypatch.setattr(type(layer.cell), "fast", None)
-    weights = {k: v.numpy() for k, v in layer.cell.state_dict().items()}
-    for short, long in (("W", "w.weight"), ("U", "u.weight"), ("b", "w.bias")):
-        weights[short] = weights.pop(long)
     x = speech(1, 12, 3)
-    h, c = np.zeros(layer.output_size), np.zeros(layer.cell.size)
-    expected = []
-    for x_t in x[0].numpy():
-        h, c = REFERENCES[name](weights, x_t, h, c)
-        expected.append(h)
-    assert np.abs(run(layer, x)[0].detach().numpy() - expected).max() < 1e-9
+    assert np.abs(run(layer, x)[0].detach().numpy() - follow(name, layer.cell, x[0])).max() < 1e-9
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_both_directions_equal_the_equations_on_a_padded_batch(name: str) -> None:
+    layer = Bidirectional(Recurrent(cell(name)), Recurrent(spread(cell(name), seed=1)))
+    x, lengths = speech(2, 9, 3), torch.tensor([9, 5])
+    got = layer(x, lengths)[0].detach().numpy()
+    for row, n in enumerate(lengths.tolist()):
+        ahead = follow(name, layer.ahead.cell, x[row, :n])
+        back = follow(name, layer.back.cell, x[row, :n].flip(0))[::-1]
+        assert np.abs(got[row, :n] - np.concatenate([ahead, back], axis=1)).max() < 1e-9
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_what_is_inside_a_cell_is_what_its_step_does(name: str) -> None:
+    for zoneout in (0.0, 0.3):
+        layer = Recurrent(cell(name), zoneout=zoneout).eval()
+        x, start = speech(2, 7, 3), layer.step(speech(2, 3, 3), layer.initial_state(2))[1]
+        y, last = layer.step(x, start)
+        found, state = layer.inside(x, start)
+        assert torch.allclose(found["h"], y, atol=1e-9)
+        assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(state, last, strict=True))
+        assert set(layer.cell.gates) | set(layer.cell.state) <= set(found)
+        for gate in {"i", "f", "o", "r", "z"} & set(found):
+            assert float(found[gate].detach().min()) >= 0
+            assert float(found[gate].detach().max()) <= 1
+        if layer.cell.keep == "f" and not zoneout:
+            before = torch.cat([start[1][:, None], found["c"][:, :-1]], dim=1)
+            assert torch.allclose(found["c"], found["f"] * before + found["i"] * found["c~"], atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -204,9 +239,18 @@ def test_output_and_gradients_equal_torch(name: str, theirs: nn.RNNBase, monkeyp
         assert torch.allclose(mine.grad, reference, atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("name", [*CELLS, "attention"])
+def differentiated() -> dict[str, StreamingLayer]:
+    layers: dict[str, StreamingLayer] = {name: Recurrent(cell(name, 2, 2)) for name in CELLS}
+    layers["attention"] = spread(SelfAttention(2, 2).double())
+    layers["both directions"] = Bidirectional(Recurrent(cell("lstm", 2, 1)), Recurrent(cell("lstm-peephole", 2, 1)))
+    stack = Chain(stacked("lstm-coupled", 2, 2, bidirectional=False, residual=True) for _ in range(2))
+    layers["residual stack"] = spread(stack.double())
+    return layers
+
+
+@pytest.mark.parametrize("name", differentiated())
 def test_gradients_equal_differences(name: str) -> None:
-    layer = spread(SelfAttention(2, 2).double()) if name == "attention" else Recurrent(cell(name, 2, 2))
+    layer = differentiated()[name]
     names, weights = zip(*layer.named_parameters(), strict=True)
 
     def function(x: Tensor, *values: Tensor) -> Tensor:
@@ -287,9 +331,12 @@ def test_a_carried_state_carries_the_gradient_until_it_is_detached(name: str) ->
     _, state = layer.step(x[:, :4], layer.initial_state(2))
     (carried,) = torch.autograd.grad(layer.step(x[:, 4:], state)[0].sum(), weight, retain_graph=True)
     assert torch.allclose(carried, whole, atol=1e-9)
-    detached = tuple(s.detach() for s in state)  # truncated back-propagation through time
-    (truncated,) = torch.autograd.grad(layer.step(x[:, 4:], detached)[0].sum(), weight)
+    cut = detach(state)  # truncated back-propagation through time: the same memory, without its gradient
+    assert all(torch.equal(a, b) for a, b in zip(cut, state, strict=True))
+    (truncated,) = torch.autograd.grad(layer.step(x[:, 4:], cut)[0].sum(), weight)
+    (fresh,) = torch.autograd.grad(run(layer, x[:, 4:]).sum(), weight)
     assert not torch.allclose(truncated, whole, atol=1e-3)
+    assert not torch.allclose(truncated, fresh, atol=1e-3)
 
 
 # training only
@@ -348,6 +395,8 @@ VARIANTS = [
     *({"cell": name} for name in CELLS),
     {"cell": "lstm", "residual": True},
     {"cell": "lstm", "attention": 5},
+    {"cell": "lstm", "zoneout": 0.2},
+    {"cell": "gru", "variational_dropout": 0.3},
     {"cell": "lstm-layernorm", "residual": True, "attention": 5},
 ]
 
@@ -362,6 +411,47 @@ def test_every_cell_is_named_in_the_configuration() -> None:
         ModelConfig(bidirectional=True, cell="lstmm")
     with pytest.raises(ConfigError, match=r"model\.attention = -1"):
         ModelConfig(bidirectional=True, attention=-1)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("name", [name for name, kind in CELLS.items() if kind.keep])
+def test_a_configuration_sets_how_the_gates_start(name: str, bidirectional: bool) -> None:
+    def biases(**model: object) -> Tensor:
+        torch.manual_seed(0)
+        settings = ModelConfig(bidirectional=bidirectional, hidden=50, layers=2, cell=name, **model)  # type: ignore[arg-type]
+        full = NetworkConfig(format_version=1, features=FeatureConfig(bands=20), model=settings)
+        made = Network(full, Tokenizer.characters(["abc"]), torch.zeros(20), torch.ones(20))
+        values = [p.detach() for k, p in made.layers.named_parameters() if k.endswith(("w.bias", "bias_ih_l0"))]
+        assert len(values) == (4 if bidirectional else 2)
+        rows = CELLS[name](1, 50).rows(CELLS[name].keep or "")
+        return torch.cat([value[rows] for value in values])
+
+    assert set(biases().tolist()) == {1.0}
+    assert set(biases(forget_bias=2.5).tolist()) == {2.5}
+    memory = biases(chrono_frames=60).exp()
+    assert float(memory.min()) < 15
+    assert 45 < float(memory.max()) <= 59.01
+
+
+def test_what_a_configuration_may_not_say_about_the_gates() -> None:
+    for wrong in ({"chrono_frames": 2}, {"chrono_frames": 50, "cell": "rnn"}, {"zoneout": 1.0}, {"forget_bias": 99.0}):
+        name = next(iter(wrong))
+        with pytest.raises(ConfigError, match=rf"model\.{name} = {wrong[name]}"):
+            ModelConfig(bidirectional=False, **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+@pytest.mark.parametrize("option", ["zoneout", "variational_dropout"])
+def test_a_configuration_switches_on_what_only_training_does(name: str, option: str) -> None:
+    net = network(bidirectional=False, cell=name, **{option: 0.5})
+    x = 0.1 * speech(1, 6_400).float()
+    for dropout in (m for m in net.modules() if isinstance(m, nn.Dropout)):
+        dropout.p = 0.0  # the ordinary one
+    assert torch.equal(run(net, x), run(net, x))
+    features, frames = net.normalised_features(x, torch.tensor([6_400]))
+    for layer in (m for m in net.modules() if isinstance(m, Recurrent)):
+        layer.train()
+    assert not torch.equal(net.read_features(features, frames)[0], net.read_features(features, frames)[0])
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
@@ -431,8 +521,8 @@ def test_a_cell_without_translation_is_refused_by_name(monkeypatch: pytest.Monke
     class Rectified(Cell):
         gates = ("h",)
 
-        def forward(self, wx: Tensor, h: Tensor, c: Tensor) -> State:
-            return torch.relu(wx + self.u(h)), c
+        def inside(self, wx: Tensor, h: Tensor, c: Tensor) -> dict[str, Tensor]:
+            return {"h": torch.relu(wx + self.u(h)), "c": c}
 
     monkeypatch.setitem(CELLS, "gru", Rectified)
     with pytest.raises(ModelError, match=r"Rectified cannot be exported: .*relu"):

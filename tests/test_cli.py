@@ -13,7 +13,10 @@ from asr.runtime.folder import shipped_model
 from pipelines.cli import main
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("transcribe", "stream", "evaluate", "prepare", "train", "train-lm", "export", "bench")
+COMMANDS = (
+    "transcribe", "stream", "serve", "evaluate", "bench", "prepare", "align", "train", "train-lm", "export", "inspect",
+    "study",
+)  # fmt: skip
 
 
 def run(*arguments: object) -> int:
@@ -120,15 +123,15 @@ def test_prepare_hands_over_and_names_what_was_skipped(
 ) -> None:
     seen: dict[str, Any] = {}
 
-    def prepare(manifests: list[Path], out: Path, **chosen: Any) -> SimpleNamespace:
+    def prepare(manifests: list[str], out: str, **chosen: Any) -> SimpleNamespace:
         seen.update(chosen, manifests=manifests, out=out)
         skipped = (Problem("m.jsonl:3", "not JSON"),)
         return SimpleNamespace(out=out, utterances=9, seconds=7200.0, shards=2, reused=1, skipped=skipped)
 
     stand_in(monkeypatch, "pipelines.prepare", prepare=prepare)
     assert run("prepare", "m.jsonl", "--out", "p", "--workers", 2, "--lexicon", "cmudict") == 1
-    chosen = {"workers": 2, "store": "audio", "lexicon": "cmudict", "address": None}
-    assert seen == {"manifests": [Path("m.jsonl")], "out": Path("p")} | chosen
+    chosen = {"workers": 2, "store": "audio", "lexicon": "cmudict", "max_errors": None, "address": None}
+    assert seen == {"manifests": ["m.jsonl"], "out": "p"} | chosen
     out, err = capsys.readouterr()
     assert "9 utterances, 2.00 hours" in out
     assert err == "error: m.jsonl:3: not JSON\n"
@@ -137,15 +140,16 @@ def test_prepare_hands_over_and_names_what_was_skipped(
 def test_train_hands_over_the_config_with_its_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
-    def train(config: object, out: Path, *, workers: int, address: str | None) -> Path:
-        seen.update(config=config, out=out, workers=workers, address=address)
+    def train(config: object, out: Path, **chosen: Any) -> Path:
+        seen.update(chosen, config=config, out=out)
         return out / "model"
 
     stand_in(monkeypatch, "pipelines.train", train=train)
     monkeypatch.setattr("asr.config.load_config", lambda path, overrides: (path, tuple(overrides)))
     assert run("train", "configs/x.toml", "--set", "training.epochs=2", "--set", "a.b=c", "--workers", 0) == 0
     expected = (Path("configs/x.toml"), ("training.epochs=2", "a.b=c"))
-    assert seen == {"config": expected, "out": Path("runs/x"), "workers": 0, "address": None}
+    chosen = {"workers": 0, "min_workers": None, "address": None}
+    assert seen == {"config": expected, "out": Path("runs/x")} | chosen
 
 
 def test_train_names_a_missing_config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,19 +160,22 @@ def test_train_names_a_missing_config(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def test_export_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    stand_in(monkeypatch, "asr.runtime.export", export_model=lambda *args, small: seen.append((*args, small)))
+    monkeypatch.setattr("asr.audio.read_audio", lambda path: f"what {path} says")
+    stand_in(
+        monkeypatch, "asr.runtime.export", export_model=lambda *args, small, speech: seen.append((*args, small, speech))
+    )
     assert run("export", "runs/a", "runs/b", "-o", "m", "--to", "onnx-int8") == 0
-    assert run("export", "-o", "m", "--small") == 0
+    assert run("export", "-o", "m", "--small", "--speech", "a.wav") == 0
     assert seen == [
-        ([Path("runs/a"), Path("runs/b")], Path("m"), "onnx-int8", False),
-        ([shipped_model()], Path("m"), "model", True),
+        ([Path("runs/a"), Path("runs/b")], Path("m"), "onnx-int8", False, None),
+        ([shipped_model()], Path("m"), "model", True, ["what a.wav says"]),
     ]
 
 
 def test_errors_for_the_reader_end_with_status_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def export_model(*_: object, small: bool) -> None:
+    def export_model(*_: object, **__: object) -> None:
         raise ConfigError("m: nothing to export")
 
     stand_in(monkeypatch, "asr.runtime.export", export_model=export_model)

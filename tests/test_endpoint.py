@@ -1,6 +1,7 @@
 """Endpointing: where a stream is cut, whatever its noise and however it arrives."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -108,9 +109,10 @@ def test_silence_closes_segments_too() -> None:
 
 
 def test_a_cut_lies_within_the_lookback_and_memory_is_constant() -> None:
-    def held(endpointer: Endpointer) -> int:
-        return sum(v.nbytes if isinstance(v, np.ndarray) else 8 * len(v)
-                   for v in vars(endpointer).values() if isinstance(v, np.ndarray | list))  # fmt: skip
+    def held(value: object) -> int:
+        if isinstance(value, np.ndarray):
+            return value.nbytes
+        return 8 * len(value) if isinstance(value, list) else sum(map(held, getattr(value, "__dict__", {}).values()))
 
     endpointer, accepted = Endpointer(), 0
     sizes = []
@@ -145,9 +147,48 @@ def test_joined_utterances_are_cut_in_the_room_noise_between_them(shared_speech:
     assert len(loud) <= 1  # a forced cut may have no pause to fall on
 
 
+def live_cuts(audio: np.ndarray, written: Callable[[int], int], config: EndpointConfig | None = None) -> list[int]:
+    """Cuts beside a network that at each time, in samples, has written up to `written`."""
+    endpointer = Endpointer(config)
+    starts = range(0, len(audio), 1600)
+    return [c for start in starts for c in endpointer.accept(audio[start : start + 1600], written(start + 1600))]
+
+
+def test_a_pause_full_of_noise_ends_a_segment_where_the_network_has_long_written_nothing() -> None:
+    audio = speech(8)  # it all sounds like speech, but the network has heard no word since the third second
+
+    def written(now: int) -> int:
+        return min(now, 3 * RATE)
+
+    assert within(live_cuts(audio, written), 3.6, 4.6) == live_cuts(audio, written)[:1]
+    assert cuts_of(audio) == []
+    assert live_cuts(audio, written, EndpointConfig(blanks=False)) == []
+
+
+def test_no_pause_is_cut_while_the_network_writes() -> None:
+    audio = np.concatenate([speech(3), noise(5, -60)])
+    quick = live_cuts(audio, lambda now: min(now, 3 * RATE))
+    late = live_cuts(audio, lambda now: min(now, round(4.5 * RATE)))
+    assert len(quick) == len(late) == 1
+    assert within(quick, 3.0, 3.7) == quick
+    assert within(late, 4.5, 5.3) == late
+
+
+def test_noise_without_a_word_is_cut_as_silence_is() -> None:
+    cuts = live_cuts(speech(21), lambda now: 0)
+    assert len(cuts) == 4
+    assert np.diff([0, *cuts]).max() <= 5.5 * RATE
+
+
 @pytest.mark.parametrize(
     "wrong",
-    [{"trailing_silence": 0.0}, {"leading_silence": 0.1}, {"max_segment": 1e9}, {"trailing_silence": float("nan")}],
+    [
+        {"trailing_silence": 0.0},
+        {"leading_silence": 0.1},
+        {"max_segment": 1e9},
+        {"trailing_silence": float("nan")},
+        {"vad": "webrtc"},
+    ],
 )
 def test_impossible_settings_are_refused(wrong: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):

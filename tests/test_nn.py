@@ -9,7 +9,18 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from asr.errors import ModelError
-from asr.nn import LSTM, BiLSTM, Chain, LookAhead, Normalise, StreamingLayer, StridedConvolution
+from asr.nn import (
+    LSTM,
+    Bidirectional,
+    BiLSTM,
+    Chain,
+    LookAhead,
+    Normalise,
+    Recurrent,
+    StreamingLayer,
+    StridedConvolution,
+    cell_of,
+)
 
 
 def streaming_layers() -> dict[str, StreamingLayer]:
@@ -98,6 +109,30 @@ def test_lstm_equals_its_equations() -> None:
         expected.append(h)
     got, _ = layer(x, torch.tensor([7]))
     assert torch.allclose(got[0], layer.norm(torch.stack(expected)), atol=1e-9)
+
+
+def test_the_cell_of_a_torch_lstm_does_what_it_does() -> None:
+    torch.manual_seed(4)
+    theirs = nn.LSTM(3, 5, batch_first=True).double()  # with both biases, as drawn by torch
+    x = torch.randn(2, 9, 3, dtype=torch.float64)
+    layer = Recurrent(cell_of(theirs))
+    inside, _ = layer.inside(x, layer.initial_state(2))
+    assert torch.allclose(inside["h"], theirs(x)[0], atol=1e-9)
+
+
+def test_a_stack_in_both_directions_equals_torch() -> None:
+    torch.manual_seed(5)
+    theirs = nn.LSTM(3, 4, num_layers=2, bidirectional=True, batch_first=True).double()
+
+    def one(layer: int, end: str) -> Recurrent:
+        alone = nn.LSTM(3 if layer == 0 else 8, 4, batch_first=True).double()
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+            alone.state_dict()[f"{name}_l0"].copy_(theirs.state_dict()[f"{name}_l{layer}{end}"])
+        return Recurrent(cell_of(alone))
+
+    ours = Chain(Bidirectional(one(layer, ""), one(layer, "_reverse")) for layer in range(2))
+    x = torch.randn(2, 9, 3, dtype=torch.float64)
+    assert torch.allclose(ours(x, torch.tensor([9, 9]))[0], theirs(x)[0], atol=1e-9)
 
 
 def test_forget_bias_starts_at_one() -> None:

@@ -22,7 +22,7 @@ from asr.text import Tokenizer
 
 FRAME = 640
 TOKENIZER = Tokenizer.characters(["abcdef"])
-SHORT = EndpointConfig(trailing_silence=0.4, leading_silence=1.0, max_segment=2.5)
+SHORT = EndpointConfig(trailing_silence=0.4, leading_silence=1.0, max_segment=2.5, blanks=False)
 EDGE = np.zeros(4000, np.float32)
 
 
@@ -55,13 +55,17 @@ class MemoryEngine:
         assert audio.shape[1] > 0
         assert audio.shape[1] % FRAME == 0
         self.frames += audio.size // FRAME
-        (memory,), held = state[0][0], list(state[1][0])
-        path = []
-        for value in energies(audio[0]).tolist():
-            memory = (memory * 5 + value) % 9973
-            held.append(memory)
-            path.append(token(held.pop(0), value))
-        return one_hot(path)[None], (np.array([[memory]]), np.array([held], np.int64).reshape(1, -1))
+        rows = [self._step(samples, *parts) for samples, *parts in zip(audio, *state, strict=True)]
+        log_probs, memories, held = zip(*rows, strict=True)
+        return np.stack(log_probs), (np.stack(memories), np.stack(held))
+
+    def _step(self, audio: np.ndarray, memory: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, ...]:
+        last, waiting, path = int(memory[0]), held.tolist(), []
+        for value in energies(audio).tolist():
+            last = (last * 5 + value) % 9973
+            waiting.append(last)
+            path.append(token(waiting.pop(0), value))
+        return one_hot(path), np.array([last]), np.array(waiting, np.int64)
 
     def log_probs(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
         self.batches.append((len(batch), sum(len(samples) for samples in batch)))
@@ -83,6 +87,13 @@ def path(samples: np.ndarray, latency: int) -> list[int]:
 
 def text(tokens: Sequence[int]) -> str:
     return " ".join(TOKENIZER.decode(t for t, _ in itertools.groupby(tokens)).split())
+
+
+def live_texts(audio: np.ndarray, latency: int) -> list[str]:
+    """What MemoryEngine writes for a stream, shared out at the endpoints of SHORT; segments without text left out."""
+    tokens = path(np.concatenate([EDGE, audio, EDGE]), latency)
+    frames = [0, *(round((cut + len(EDGE)) / FRAME) for cut in Endpointer(SHORT).accept(audio)), len(tokens)]
+    return [found for a, b in itertools.pairwise(frames) if (found := text(tokens[a:b]))]
 
 
 def recognizer(latency: int = 2, endpoint: EndpointConfig | None = SHORT) -> tuple[Recognizer, MemoryEngine]:
@@ -111,23 +122,29 @@ SIZES = st.lists(st.sampled_from([0, 1, 7, 640, 1600, 2559, 2560, 2561, 11_003, 
 
 @settings(max_examples=40, deadline=None)
 @given(PARTS, SIZES, st.integers(0, 3), st.integers(0, 99))
-def test_text_is_the_networks_own_for_every_segment_however_the_audio_is_cut(
+def test_live_text_is_the_networks_own_shared_out_at_the_endpoints_however_the_audio_comes(
     parts: list[tuple[float, float]], sizes: list[int], latency: int, seed: int
 ) -> None:
     audio = conversation(parts, seed)
     model, engine = recognizer(latency)
+    engine.frames = 0
     whole = model.transcribe(audio, RATE, network="streaming")
+    assert [s.text for s in whole.segments] == live_texts(audio, latency)
+    assert whole.text == " ".join(live_texts(audio, latency))
+    assert engine.frames == (len(audio) + 2 * len(EDGE)) // FRAME + latency  # nothing is read twice
+    assert fed(model.stream(), audio, [*sizes, 3200]) == whole
+    check_times(whole)
 
+
+@settings(max_examples=20, deadline=None)
+@given(PARTS, st.integers(0, 99))
+def test_every_segment_of_a_file_is_read_by_itself(parts: list[tuple[float, float]], seed: int) -> None:
+    audio = conversation(parts, seed)
+    model, _ = recognizer()
+    whole = model.transcribe(audio, RATE)
     cuts = [0, *Endpointer(SHORT).accept(audio), len(audio)]
     segments = [np.concatenate([EDGE, audio[a:b], EDGE]) for a, b in itertools.pairwise(cuts)]
-    expected = [text(path(segment, latency)) for segment in segments]
-    assert [s.text for s in whole.segments] == [t for t in expected if t]
-    assert whole.text == " ".join(t for t in expected if t)
-
-    engine.frames = 0
-    assert fed(model.stream(), audio, [*sizes, 3200]) == whole
-    assert engine.frames < 2 * (len(audio) / FRAME + 12 * len(cuts))  # cuts in the past cost little
-    assert model.transcribe(audio, RATE) == whole  # this network writes the same offline
+    assert [s.text for s in whole.segments] == [t for segment in segments if (t := text(path(segment, 2)))]
     check_times(whole)
 
 
@@ -283,6 +300,95 @@ def test_a_session_keeps_its_size_and_its_pace() -> None:
     tracemalloc.stop()
     assert max(sizes) < 700_000  # bytes; the audio fed is 23 million
     assert max(steps[1:]) < 1.2 * min(steps[1:])
+
+
+class OtherEngine(MemoryEngine):
+    """Reads whole utterances, and finds the token after the one that MemoryEngine finds."""
+
+    def log_probs(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [one_hot(reread(samples)) for samples in batch]
+
+
+def reread(samples: np.ndarray) -> list[int]:
+    return [(t + 1) % len(TOKENIZER) for t in path(samples, 0)]
+
+
+def two_networks(endpoint: EndpointConfig | None = SHORT) -> Recognizer:
+    networks = {"streaming": Network(TOKENIZER, MemoryEngine), "offline": Network(TOKENIZER, OtherEngine)}
+    return Recognizer(networks, endpoint=endpoint)
+
+
+@settings(max_examples=15, deadline=None)
+@given(PARTS, SIZES, st.integers(0, 99))
+def test_two_passes_give_partials_of_one_network_and_finals_of_the_other(
+    parts: list[tuple[float, float]], sizes: list[int], seed: int
+) -> None:
+    audio = conversation(parts, seed)
+    one_pass, two_pass = two_networks().stream(), two_networks().stream(two_pass=True)
+    for samples in np.array_split(audio, 7):
+        first, second = one_pass.feed(samples), two_pass.feed(samples)
+        assert first.partial == second.partial
+    cuts = [0, *Endpointer(SHORT).accept(audio), len(audio)]
+    read = [(a, b, text(reread(np.concatenate([EDGE, audio[a:b], EDGE])))) for a, b in itertools.pairwise(cuts)]
+    whole = two_pass.finish()
+    assert [(s.start, s.end, s.text) for s in whole.segments] == [(a / RATE, b / RATE, t) for a, b, t in read if t]
+    assert fed(two_networks().stream(two_pass=True), audio, [*sizes, 3200]) == whole
+    check_times(whole)
+
+
+def test_two_passes_need_an_offline_network_and_endpoints() -> None:
+    with pytest.raises(ModelError, match=r"the model M has no offline network \(it has: streaming\)"):
+        Recognizer({"streaming": Network(TOKENIZER, MemoryEngine)}, name="model M").stream(two_pass=True)
+    with pytest.raises(ConfigError, match=r"two_pass.*endpoint"):
+        two_networks(endpoint=None).stream(two_pass=True)
+
+
+def test_a_session_may_have_endpoints_of_its_own_and_forget_what_it_has_told() -> None:
+    model, _ = recognizer(endpoint=None)
+    audio = conversation([(1.5, 1.0), (1.5, 1.0), (1.0, 0.2)])
+    kept = fed(model.stream(endpoint=SHORT), audio)
+    assert kept == recognizer(endpoint=SHORT)[0].transcribe(audio, RATE, "streaming")
+    session = model.stream(endpoint=SHORT, keep_segments=False)
+    told = [s for block in np.array_split(audio, 50) for s in session.feed(block).final]
+    last = session.finish()
+    assert len(told) > 1
+    assert (*told, *last.segments) == kept.segments
+    assert last.duration == kept.duration
+    assert len(fed(model.stream(), audio).segments) == 1
+
+
+@settings(max_examples=15, deadline=None)
+@given(PARTS, SIZES, st.sampled_from([RATE, RATE, 8_000, 44_100]), st.booleans(), st.integers(0, 99))
+def test_a_session_goes_on_after_a_trip_through_bytes(
+    parts: list[tuple[float, float]], sizes: list[int], rate: int, two_pass: bool, seed: int
+) -> None:
+    model = two_networks()
+    audio = conversation(parts, seed)
+    one = other = model.stream(rate, two_pass=two_pass)
+    for block in np.array_split(audio, 9):
+        other = model.resume(other.save())
+        for part in np.array_split(block, len(sizes)):
+            assert one is not other
+            assert one.feed(part) == other.feed(part)
+    assert two_networks().resume(other.save()).finish() == one.finish()  # in a new process, so to speak
+
+
+def test_a_saved_session_is_refused_by_name_where_it_does_not_fit() -> None:
+    model, _ = recognizer()
+    session = model.stream(two_pass=True)
+    session.feed(speech(1))
+    data = session.save()
+    wider = {n: Network(Tokenizer.characters(["abcdeg"]), MemoryEngine) for n in ("offline", "streaming")}
+    with pytest.raises(ModelError, match=r"its streaming network was \w{16}; in the model N it is \w{16}"):
+        Recognizer(wider, name="model N").resume(data)
+    with pytest.raises(ModelError, match="model O has no offline network"):
+        Recognizer({"streaming": Network(TOKENIZER, MemoryEngine)}, name="model O").resume(data)
+    for broken in (data[:-300], b"", b"PK" + data[9:], data[:300] + b"??" + data[302:]):
+        with pytest.raises(ModelError, match=r"a saved state is damaged"):
+            model.resume(broken)
+    session.finish()
+    with pytest.raises(AsrError, match="finished"):
+        session.save()
 
 
 def test_what_is_missing_or_wrong_is_named() -> None:

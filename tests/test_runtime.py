@@ -103,6 +103,33 @@ def test_streaming_engines_give_the_reference_in_any_blocks(
             np.testing.assert_allclose(joined, whole.numpy(), atol=5e-4)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_neither_company_nor_blocks_change_a_bit_of_a_stream(tiny_model: Path, precision: str) -> None:
+    network = load_engine(tiny_model / "streaming", precision=precision)
+    loud = np.stack([np.clip(speech(2.0, seed=s)[: 640 * 48] * 4.0 ** (s - 4), -1, 1) for s in range(7)])
+
+    def read(rows: np.ndarray, blocks: list[int]) -> list[np.ndarray]:
+        state, parts = network.initial_state(len(rows)), []
+        for piece in np.split(rows, np.cumsum(blocks)[:-1] * 640, axis=1):
+            log_probs, state = network.step(piece, state)
+            parts.append(log_probs)
+        return [np.concatenate(parts, axis=1), *state]
+
+    together = read(loud, [4] * 12)
+    for i in range(len(loud)):
+        for blocks in ([4] * 12, [48], [1] * 48, [7, 13, 28]):
+            for one, all_rows in zip(read(loud[i : i + 1], blocks), together, strict=True):
+                np.testing.assert_array_equal(one[0], all_rows[i])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_company_does_not_change_a_bit_of_a_whole_utterance(tiny_model: Path, precision: str) -> None:
+    network = load_engine(tiny_model / "offline", precision=precision)
+    batch = [np.clip(speech(0.5 + 0.3 * s, seed=s) * 3.0 ** (s - 3), -1, 1) for s in range(6)]
+    for together, samples in zip(network.log_probs(batch), batch, strict=True):
+        np.testing.assert_array_equal(together, network.log_probs([samples])[0])
+
+
 @pytest.mark.parametrize("network", ["offline", "streaming"])
 def test_the_engines_write_the_same_text(tiny_model: Path, network: str) -> None:
     audio = np.concatenate([speech(2, seed=1), noise(1.2, -60), speech(3, seed=2)])

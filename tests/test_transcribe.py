@@ -176,22 +176,6 @@ def test_found_files_are_sorted_within_a_folder(tmp_path: Path) -> None:
     assert problems == []
 
 
-@pytest.mark.timeout(120)
-def test_workers_give_the_same_in_the_same_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("ray", reason="needs ray, of the extra [train]")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the actors must find the toy
-    for i, text in enumerate(["one", "two", "three", "four"]):
-        write(tmp_path / "in" / f"{i}.wav", text)
-    (tmp_path / "in" / "2b.wav").write_bytes(b"broken")
-    audio = [Path("in")]
-    alone = list(transcribe(audio, ToyOptions()))
-    assert [r.text.split("\t")[-1] for r in alone if r.text] == ["one\n", "two\n", "three\n", "four\n"]
-    assert list(transcribe(audio, ToyOptions(), workers=2)) == alone
-    list(transcribe(audio, ToyOptions(), workers=2, output_dir=Path("out")))
-    assert sorted(p.name for p in Path("out").iterdir()) == ["0.txt", "1.txt", "2.txt", "3.txt"]
-
-
 def test_workers_without_ray_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(AsrError, match=r"\[train\]"):

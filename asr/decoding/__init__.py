@@ -22,7 +22,7 @@ class Word:
     """One word with its start and end in seconds and a confidence in [0, 1].
 
     The confidence is the product of the probabilities of the word's tokens: the network's own belief that all
-    of them are right.
+    of them are right; calibrated (asr.decoding.calibration), the probability that the word is right.
     """
 
     text: str

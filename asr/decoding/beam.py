@@ -122,6 +122,8 @@ class BeamSearch:
 class BeamDecoder:
     """Beam search of one segment, block by block (see asr.decoding.Decoder)."""
 
+    shared = ("_search", "_running")  # not of the state that asr.snapshot keeps: the blocks are searched again
+
     def __init__(self, search: BeamSearch) -> None:
         self._search = search
         self._written: list[TokenSpan] = []  # committed

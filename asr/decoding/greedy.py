@@ -22,9 +22,8 @@ class GreedyDecoder:
 
     def accept(self, log_probs: np.ndarray) -> None:
         """Take the next frames, (frames, vocabulary), also none."""
-        best = log_probs.argmax(axis=1)
-        values = log_probs[np.arange(len(best)), best]
-        for token, value in zip(best.tolist(), values.tolist(), strict=True):
+        best, values = log_probs.argmax(axis=1).tolist(), log_probs.max(axis=1).tolist()
+        for token, value in zip(best, values, strict=True):
             if token != self._token:
                 self._written += self._open()
                 self._token, self._start, self._sum = token, self._frames, 0.0

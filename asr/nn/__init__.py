@@ -3,8 +3,8 @@
 from asr.nn.attention import SelfAttention
 from asr.nn.cells import CELLS, Cell, initialise
 from asr.nn.convolution import LookAhead, Normalise, StridedConvolution
-from asr.nn.layer import Chain, State, StreamingLayer, windows
-from asr.nn.recurrent import LSTM, BiLSTM
+from asr.nn.layer import Chain, State, StreamingLayer, detach, windows
+from asr.nn.recurrent import LSTM, BiLSTM, cell_of
 from asr.nn.stack import Bidirectional, Recurrent, Stacked, stacked
 
 __all__ = [
@@ -22,6 +22,8 @@ __all__ = [
     "State",
     "StreamingLayer",
     "StridedConvolution",
+    "cell_of",
+    "detach",
     "initialise",
     "stacked",
     "windows",

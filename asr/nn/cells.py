@@ -1,7 +1,7 @@
 """The LSTM family: each recurrent cell is the equations of one step (asr.nn.stack runs them over time).
 
 Notation throughout: x_t input, h_t output, c_t cell, i input gate, f forget gate, o output gate, c~ candidate; W and U
-multiply x_t and h_{t-1}, b is a bias, * is elementwise. A cell's docstring is what its `forward` computes.
+multiply x_t and h_{t-1}, b is a bias, * is elementwise. A cell's docstring is what its `inside` computes.
 """
 
 import warnings
@@ -20,7 +20,8 @@ warnings.filterwarnings("ignore", message="LSTM with projections is not supporte
 class Cell(nn.Module):
     """One step of a recurrence: `cell(W x_t + b, *state)` gives the new state, whose first tensor is h_t.
 
-    The part that needs no memory, W x_t + b, is computed for all frames at once by `project`.
+    The part that needs no memory, W x_t + b, is computed for all frames at once by `project`. `inside` gives all that
+    a step computes by its name in the equations, which is what `asr inspect` shows.
 
     Args:
         input_size: of x_t.
@@ -30,11 +31,13 @@ class Cell(nn.Module):
     Attributes:
         gates: names of the blocks of rows in W, U and b, in order.
         keep: the gate that holds the memory when it is open; None in a cell without one.
+        state: names of what a step hands to the next one, h first.
         fast: torch's own kernel for the same equations; None where torch has none.
     """
 
     gates: tuple[str, ...]
     keep: str | None = None
+    state: tuple[str, ...] = ("h", "c")
     fast: Callable[..., tuple[Tensor, ...]] | None = None
 
     def __init__(self, input_size: int, size: int, output_size: int | None = None) -> None:
@@ -48,9 +51,19 @@ class Cell(nn.Module):
         """W x_t + b for all frames: (batch, time, input_size) -> (batch, time, gates * size)."""
         return self.w(x)
 
+    def forward(self, wx: Tensor, *state: Tensor) -> State:
+        """One step: W x_t + b (batch, gates * size) and the state -> the new state."""
+        step = self.inside(wx, *state)
+        return tuple(step[name] for name in self.state)
+
+    def inside(self, wx: Tensor, *state: Tensor) -> dict[str, Tensor]:
+        """All that one step computes by its name, (batch, size) each; gates in [0, 1], the new state among them."""
+        raise NotImplementedError
+
     def initial_state(self, batch_size: int) -> State:
         """h, and c in the cells that have one: zeros (batch, output_size), (batch, size)."""
-        return self._zeros(batch_size, self.output_size), self._zeros(batch_size, self.size)
+        sizes = {"h": self.output_size, "c": self.size}
+        return tuple(self.w.weight.new_zeros(batch_size, sizes[name]) for name in self.state)
 
     def weights(self) -> list[Tensor]:
         """What `fast` takes: W, U, b and a second bias, beside U."""
@@ -61,9 +74,6 @@ class Cell(nn.Module):
         start = self.gates.index(gate) * self.size
         return slice(start, start + self.size)
 
-    def _zeros(self, batch_size: int, size: int) -> Tensor:
-        return self.w.weight.new_zeros(batch_size, size)
-
 
 class ElmanCell(Cell):
     """A plain recurrent network (Elman 1990): what a step remembers, the next one overwrites.
@@ -72,13 +82,11 @@ class ElmanCell(Cell):
     """
 
     gates = ("h",)
+    state = ("h",)
     fast = staticmethod(torch.rnn_tanh)
 
-    def forward(self, wx: Tensor, h: Tensor) -> State:
-        return (torch.tanh(wx + self.u(h)),)
-
-    def initial_state(self, batch_size: int) -> State:
-        return (self._zeros(batch_size, self.size),)
+    def inside(self, wx: Tensor, h: Tensor) -> dict[str, Tensor]:
+        return {"h": torch.tanh(wx + self.u(h))}
 
 
 class GRUCell(Cell):
@@ -92,22 +100,20 @@ class GRUCell(Cell):
 
     gates = ("r", "z", "h~")
     keep = "z"
+    state = ("h",)
     fast = staticmethod(torch.gru)
 
     def __init__(self, input_size: int, size: int) -> None:
         super().__init__(input_size, size)
         self.u_bias = nn.Parameter(torch.zeros(size))
 
-    def forward(self, wx: Tensor, h: Tensor) -> State:
+    def inside(self, wx: Tensor, h: Tensor) -> dict[str, Tensor]:
         wx_r, wx_z, wx_h = wx.chunk(3, -1)
         uh_r, uh_z, uh_h = self.u(h).chunk(3, -1)
         r = torch.sigmoid(wx_r + uh_r)
         z = torch.sigmoid(wx_z + uh_z)
         candidate = torch.tanh(wx_h + r * (uh_h + self.u_bias))
-        return ((1 - z) * candidate + z * h,)
-
-    def initial_state(self, batch_size: int) -> State:
-        return (self._zeros(batch_size, self.size),)
+        return {"r": r, "z": z, "h~": candidate, "h": (1 - z) * candidate + z * h}
 
     def weights(self) -> list[Tensor]:
         return [self.w.weight, self.u.weight, self.w.bias, F.pad(self.u_bias, (2 * self.size, 0))]
@@ -128,10 +134,10 @@ class LSTMCell(Cell):
     keep = "f"
     fast = staticmethod(torch.lstm)
 
-    def forward(self, wx: Tensor, h: Tensor, c: Tensor) -> State:
-        i, f, candidate, o = (wx + self.u(h)).chunk(4, -1)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(candidate)
-        return torch.sigmoid(o) * torch.tanh(c), c
+    def inside(self, wx: Tensor, h: Tensor, c: Tensor) -> dict[str, Tensor]:
+        i, f, candidate, o = _squash(wx + self.u(h))
+        c = f * c + i * candidate
+        return {"i": i, "f": f, "c~": candidate, "o": o, "c": c, "h": o * torch.tanh(c)}
 
 
 class PeepholeCell(Cell):
@@ -154,12 +160,14 @@ class PeepholeCell(Cell):
         self.p_f = nn.Parameter(torch.zeros(size))
         self.p_o = nn.Parameter(torch.zeros(size))
 
-    def forward(self, wx: Tensor, h: Tensor, c: Tensor) -> State:
+    def inside(self, wx: Tensor, h: Tensor, c: Tensor) -> dict[str, Tensor]:
         i, f, candidate, o = (wx + self.u(h)).chunk(4, -1)
         i = torch.sigmoid(i + self.p_i * c)
         f = torch.sigmoid(f + self.p_f * c)
-        c = f * c + i * torch.tanh(candidate)
-        return torch.sigmoid(o + self.p_o * c) * torch.tanh(c), c
+        candidate = torch.tanh(candidate)
+        c = f * c + i * candidate
+        o = torch.sigmoid(o + self.p_o * c)
+        return {"i": i, "f": f, "c~": candidate, "o": o, "c": c, "h": o * torch.tanh(c)}
 
 
 class CoupledCell(Cell):
@@ -175,11 +183,12 @@ class CoupledCell(Cell):
     gates = ("f", "c~", "o")
     keep = "f"
 
-    def forward(self, wx: Tensor, h: Tensor, c: Tensor) -> State:
+    def inside(self, wx: Tensor, h: Tensor, c: Tensor) -> dict[str, Tensor]:
         f, candidate, o = (wx + self.u(h)).chunk(3, -1)
-        f = torch.sigmoid(f)
-        c = f * c + (1 - f) * torch.tanh(candidate)
-        return torch.sigmoid(o) * torch.tanh(c), c
+        f, candidate, o = torch.sigmoid(f), torch.tanh(candidate), torch.sigmoid(o)
+        i = 1 - f
+        c = f * c + i * candidate
+        return {"i": i, "f": f, "c~": candidate, "o": o, "c": c, "h": o * torch.tanh(c)}
 
 
 class ProjectedCell(Cell):
@@ -200,10 +209,10 @@ class ProjectedCell(Cell):
         super().__init__(input_size, size, output_size or size // 2)
         self.v = nn.Linear(size, self.output_size, bias=False)
 
-    def forward(self, wx: Tensor, h: Tensor, c: Tensor) -> State:
-        i, f, candidate, o = (wx + self.u(h)).chunk(4, -1)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(candidate)
-        return self.v(torch.sigmoid(o) * torch.tanh(c)), c
+    def inside(self, wx: Tensor, h: Tensor, c: Tensor) -> dict[str, Tensor]:
+        i, f, candidate, o = _squash(wx + self.u(h))
+        c = f * c + i * candidate
+        return {"i": i, "f": f, "c~": candidate, "o": o, "c": c, "h": self.v(o * torch.tanh(c))}
 
     def weights(self) -> list[Tensor]:
         return [*super().weights(), self.v.weight]
@@ -229,10 +238,10 @@ class NormalisedCell(Cell):
     def project(self, x: Tensor) -> Tensor:
         return self.norm_w(F.linear(x, self.w.weight)) + self.w.bias
 
-    def forward(self, wx: Tensor, h: Tensor, c: Tensor) -> State:
-        i, f, candidate, o = (wx + self.norm_u(self.u(h))).chunk(4, -1)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(candidate)
-        return torch.sigmoid(o) * torch.tanh(self.norm_c(c)), c
+    def inside(self, wx: Tensor, h: Tensor, c: Tensor) -> dict[str, Tensor]:
+        i, f, candidate, o = _squash(wx + self.norm_u(self.u(h)))
+        c = f * c + i * candidate
+        return {"i": i, "f": f, "c~": candidate, "o": o, "c": c, "h": o * torch.tanh(self.norm_c(c))}
 
 
 class CarouselCell(Cell):
@@ -250,10 +259,11 @@ class CarouselCell(Cell):
 
     gates = ("i", "c~", "o")
 
-    def forward(self, wx: Tensor, h: Tensor, c: Tensor) -> State:
+    def inside(self, wx: Tensor, h: Tensor, c: Tensor) -> dict[str, Tensor]:
         i, candidate, o = (wx + self.u(h)).chunk(3, -1)
-        c = c + torch.sigmoid(i) * (2 * torch.tanh(candidate / 2))
-        return torch.sigmoid(o) * torch.tanh(c / 2), c
+        i, candidate, o = torch.sigmoid(i), 2 * torch.tanh(candidate / 2), torch.sigmoid(o)
+        c = c + i * candidate
+        return {"i": i, "c~": candidate, "o": o, "c": c, "h": o * torch.tanh(c / 2)}
 
 
 CELLS: dict[str, type[Cell]] = {
@@ -268,13 +278,20 @@ CELLS: dict[str, type[Cell]] = {
 }
 
 
+def _squash(sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """i, f, c~ and o from their sums, (batch, 4 * size)."""
+    i, f, candidate, o = sums.chunk(4, -1)
+    return torch.sigmoid(i), torch.sigmoid(f), torch.tanh(candidate), torch.sigmoid(o)
+
+
 def initialise(cell: Cell, *, forget_bias: float = 1.0, longest_memory: int = 0) -> None:
     """Draw a cell's W (Xavier) and U (orthogonal, each gate by itself) anew, and set its biases.
 
     Args:
         forget_bias: of the gate that keeps the memory, so that it starts open (Jozefowicz et al. 2015).
         longest_memory: in frames; where it is given, T, the units start with memories spread over 1 ... T frames
-            (chrono initialisation, Tallec and Ollivier 2018): b_f = log(uniform(1, T - 1)), b_i = -b_f.
+            (chrono initialisation, Tallec and Ollivier 2018): b_f = log(uniform(1, T - 1)), b_i = -b_f. It takes the
+            place of forget_bias.
 
     Raises:
         ValueError: 0 < longest_memory < 3.

@@ -8,6 +8,21 @@ from torch import Tensor, nn
 State = tuple[Tensor, ...]
 
 
+def detach(state: State) -> State:
+    """The same state without its past: where back-propagation through time is cut.
+
+    Training on a long sequence piece by piece (truncated back-propagation through time, Williams and Peng 1990), the
+    memory goes on and the gradient ends with the piece:
+
+        state = layer.initial_state(batch_size)
+        for x, target in pieces:
+            y, state = layer.step(x, detach(state))
+            loss(y, target).backward()
+            ...
+    """
+    return tuple(part.detach() for part in state)
+
+
 class StreamingLayer(nn.Module):
     """A layer over time whose `step`s and `finish`, joined, equal its `forward`.
 

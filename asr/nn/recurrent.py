@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from asr.errors import ModelError
+from asr.nn.cells import LSTMCell, initialise
 from asr.nn.layer import State, StreamingLayer
 
 
@@ -17,11 +18,22 @@ class LSTM(StreamingLayer):
 
     Hochreiter and Schmidhuber 1997; forget gate: Gers et al. 2000. The forget bias starts at 1, so that memory
     and gradient last from the first update on (Jozefowicz et al. 2015).
+
+    Args:
+        forget_bias, longest_memory: how the gates start, see asr.nn.initialise.
     """
 
-    def __init__(self, input_size: int, hidden_size: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        dropout: float = 0.0,
+        *,
+        forget_bias: float = 1.0,
+        longest_memory: int = 0,
+    ) -> None:
         super().__init__()
-        self.lstm = new_lstm(input_size, hidden_size)
+        self.lstm = new_lstm(input_size, hidden_size, forget_bias, longest_memory)
         self.norm = nn.LayerNorm(hidden_size)
         self.dropout = nn.Dropout(dropout)
 
@@ -51,12 +63,23 @@ class BiLSTM(StreamingLayer):
 
     Schuster and Paliwal 1997; Graves et al. 2013. Exact for padded batches without packed sequences: the
     backward LSTM reads each row's valid part reversed, so that padding comes last for it as well.
+
+    Args:
+        forget_bias, longest_memory: how the gates start, see asr.nn.initialise.
     """
 
-    def __init__(self, input_size: int, hidden_size: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        dropout: float = 0.0,
+        *,
+        forget_bias: float = 1.0,
+        longest_memory: int = 0,
+    ) -> None:
         super().__init__()
-        self.ahead = new_lstm(input_size, hidden_size)
-        self.back = new_lstm(input_size, hidden_size)
+        self.ahead = new_lstm(input_size, hidden_size, forget_bias, longest_memory)
+        self.back = new_lstm(input_size, hidden_size, forget_bias, longest_memory)
         self.norm = nn.LayerNorm(2 * hidden_size)
         self.dropout = nn.Dropout(dropout)
 
@@ -74,18 +97,26 @@ class BiLSTM(StreamingLayer):
         )
 
 
-def new_lstm(input_size: int, hidden_size: int) -> nn.LSTM:
-    """One torch LSTM layer with forget bias 1 and orthogonal recurrent weights, batch first."""
+def new_lstm(input_size: int, hidden_size: int, forget_bias: float = 1.0, longest_memory: int = 0) -> nn.LSTM:
+    """One torch LSTM layer, batch first, that starts as `initialise` starts a cell."""
+    cell = LSTMCell(input_size, hidden_size)
+    initialise(cell, forget_bias=forget_bias, longest_memory=longest_memory)
     lstm = nn.LSTM(input_size, hidden_size, batch_first=True)
-    weights = dict(lstm.named_parameters())
     with torch.no_grad():
-        for gate in weights["weight_hh_l0"].chunk(4):
-            nn.init.orthogonal_(gate)
-        nn.init.xavier_uniform_(weights["weight_ih_l0"])
-        weights["bias_hh_l0"].zero_()
-        weights["bias_ih_l0"].zero_()
-        weights["bias_ih_l0"][hidden_size : 2 * hidden_size] = 1.0  # torch's order: input, forget, candidate, output
+        for weight, value in zip(lstm.parameters(), cell.weights(), strict=True):
+            weight.copy_(value)
     return lstm
+
+
+def cell_of(lstm: nn.LSTM) -> LSTMCell:
+    """The cell, as equations, that a torch LSTM layer runs: copies of its weights, both biases added."""
+    w, u, b, u_b = lstm.parameters()
+    cell = LSTMCell(lstm.input_size, lstm.hidden_size).to(w)
+    with torch.no_grad():
+        cell.w.weight.copy_(w)
+        cell.u.weight.copy_(u)
+        cell.w.bias.copy_(b + u_b)
+    return cell
 
 
 def reverse(x: Tensor, lengths: Tensor) -> Tensor:

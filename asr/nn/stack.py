@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from asr.errors import ModelError
-from asr.nn.cells import CELLS, Cell
+from asr.nn.cells import CELLS, Cell, initialise
 from asr.nn.layer import State, StreamingLayer
 from asr.nn.recurrent import reverse
 
@@ -52,6 +52,18 @@ class Recurrent(StreamingLayer):
             state = self._zone_out(state, new) if self.zoneout else new
             outputs.append(state[0])
         return torch.stack(outputs, dim=1), state
+
+    def inside(self, x: Tensor, state: State) -> tuple[dict[str, Tensor], State]:
+        """As `step` does when it does not train, with all that the cell computes: (batch, time, size) by its name."""
+        frames = []
+        for wx in self.cell.project(x).unbind(1):
+            now = self.cell.inside(wx, *state)
+            if self.zoneout:
+                new = self._zone_out(state, tuple(now[name] for name in self.cell.state))
+                now = now | dict(zip(self.cell.state, new, strict=True))
+            state = tuple(now[name] for name in self.cell.state)
+            frames.append(now)
+        return {name: torch.stack([frame[name] for frame in frames], dim=1) for name in frames[0]}, state
 
     def _run_fast(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         assert self.cell.fast is not None
@@ -128,11 +140,27 @@ class Stacked(StreamingLayer):
 
 
 def stacked(
-    name: str, input_size: int, size: int, *, bidirectional: bool, dropout: float = 0.0, residual: bool = False
+    name: str,
+    input_size: int,
+    size: int,
+    *,
+    bidirectional: bool,
+    dropout: float = 0.0,
+    residual: bool = False,
+    forget_bias: float = 1.0,
+    longest_memory: int = 0,
+    variational_dropout: float = 0.0,
+    zoneout: float = 0.0,
 ) -> Stacked:
-    """One layer of a stack of cells of the kind `name` (CELLS), its residual path left out where sizes differ."""
-    kind = CELLS[name]
-    layer = Recurrent(kind(input_size, size))
-    if bidirectional:
-        layer = Bidirectional(layer, Recurrent(kind(input_size, size)))
+    """One layer of a stack of cells of the kind `name` (CELLS), its residual path left out where sizes differ.
+
+    How the gates start is `initialise`'s, variational dropout and zoneout are `Recurrent`'s.
+    """
+
+    def one_direction() -> Recurrent:
+        cell = CELLS[name](input_size, size)
+        initialise(cell, forget_bias=forget_bias, longest_memory=longest_memory)
+        return Recurrent(cell, variational_dropout=variational_dropout, zoneout=zoneout)
+
+    layer = Bidirectional(one_direction(), one_direction()) if bidirectional else one_direction()
     return Stacked(layer, dropout=dropout, residual=residual and layer.output_size == input_size)

@@ -1,6 +1,6 @@
 """Recurrent cells in ONNX: its own operator where it has one, else a Scan with the cell's equations as its body.
 
-The body is traced from the cell's own `forward`: what torch runs frame by frame is what the exported graph runs.
+The body is traced from the cell's own `inside`: what torch runs frame by frame is what the exported graph runs.
 """
 
 import operator
@@ -21,11 +21,16 @@ _OPERATORS = {
 }  # fmt: skip
 
 
+class _Tracer(fx.Tracer):
+    traced_func_name = "inside"
+
+
 class Builder(Protocol):
-    """What collects nodes and constants (asr.runtime.export)."""
+    """What collects nodes and constants (asr.runtime.export_graph)."""
 
     nodes: list[NodeProto]
     named: int
+    row_frames: str
 
     def op(self, kind: str, *inputs: str, name: str | None = None, outputs: int = 1, **attributes: Any) -> str: ...
     def constant(self, value: Any) -> str: ...
@@ -80,7 +85,7 @@ def _add_native(
     starts = [build.op("Unsqueeze", s, first) for s in state]
     w, u, b, *peepholes = (build.constant(weight[None]) for weight in weights)
     y = build.op(
-        kind, x, w, u, b, "", *starts, *peepholes,
+        kind, x, w, u, b, build.row_frames, *starts, *peepholes,
         outputs=1 + len(state), hidden_size=layer.cell.size, **attributes,
     )  # fmt: skip
     last = [build.op("Squeeze", f"{y}_{i}", first) for i in range(1, 1 + len(state))]
@@ -89,6 +94,8 @@ def _add_native(
 
 def _scan(build: Builder, layer: Recurrent, x: str, state: Sequence[str]) -> tuple[str, list[str]]:
     cell = layer.cell
+    if build.row_frames:
+        raise ModelError(f"a {type(cell).__name__} runs as a Scan, whose rows cannot have different numbers of frames")
     wx = build.op("MatMul", x, build.constant(cell.w.weight.T))
     if isinstance(cell, NormalisedCell):
         wx = build.layer_norm(cell.norm_w, wx)
@@ -117,7 +124,6 @@ def _body(build: Builder, layer: Recurrent) -> GraphProto:
 def _add_step(build: Builder, layer: Recurrent) -> tuple[list[str], list[str]]:
     """Add the nodes of one frame; gives the names of W x_t + b and the state, and of the new state."""
     cell, prefix = layer.cell, f"step_{build.named}"
-    trace = fx.symbolic_trace(cell)
     names: dict[fx.Node, Any] = {}  # the name of each value; of chunks, a list of them
     inputs: list[str] = []
 
@@ -126,7 +132,7 @@ def _add_step(build: Builder, layer: Recurrent) -> tuple[list[str], list[str]]:
             return names[value]
         return build.constant(torch.tensor(float(value)))
 
-    for node in trace.graph.nodes:
+    for node in _Tracer().trace(cell).nodes:
         args: tuple[Any, ...] = node.args
         if node.op == "placeholder":
             names[node] = f"{prefix}_{node.name}"
@@ -147,7 +153,7 @@ def _add_step(build: Builder, layer: Recurrent) -> tuple[list[str], list[str]]:
         elif node.target in _OPERATORS:
             names[node] = build.op(_OPERATORS[node.target], *map(name, args))
         elif node.op == "output":
-            new = [name(value) for value in args[0]]
+            new = [name(args[0][part]) for part in cell.state]
             return inputs, [_zone_out(build, layer.zoneout, *pair) for pair in zip(inputs[1:], new, strict=True)]
         else:
             raise ModelError(f"a {type(cell).__name__} cannot be exported: {node.target} has no translation to ONNX")

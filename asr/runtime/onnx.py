@@ -12,6 +12,8 @@ from asr.errors import ModelError
 from asr.runtime import State
 from asr.runtime.folder import FORMAT_VERSION
 
+_GO_ON, _FLUSH = np.zeros(1, np.float32), np.ones(1, np.float32)
+
 
 def open_graph(path: Path, *, threads: int = 1) -> "OnnxOffline | OnnxStreaming":
     """Open an exported graph; its metadata says which kind it is.
@@ -81,6 +83,6 @@ class OnnxStreaming:
         """Read (batch, samples) -> log-probabilities (batch, frames, vocab_size), new state."""
         inputs = {f"state_{i}": part for i, part in enumerate(state)}
         log_probs, *new = self._session.run(
-            self._outputs, {"audio": audio, "flush": np.array([flush], np.float32), **inputs}
+            self._outputs, {"audio": audio, "flush": _FLUSH if flush else _GO_ON, **inputs}
         )
         return np.asarray(log_probs), tuple(np.asarray(part) for part in new)

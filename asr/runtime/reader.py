@@ -1,6 +1,13 @@
-"""The streaming network reading one segment, block by block, with a way back in its recent past."""
+"""The streaming network reading a stream, block by block; what it wrote lately is kept, to end a segment there.
+
+What reads is written as a generator: it yields what the networks shall compute and is sent the answer. A lone session
+has each request answered at once (`run`); many streams have theirs gathered and answered together (`Gathering`).
+"""
 
 from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from time import monotonic
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -9,75 +16,228 @@ from asr.decoding import Decoder, Hypothesis
 from asr.runtime import State, StreamingEngine
 
 _EDGE = np.zeros(round(EDGE_SILENCE_SECONDS * SAMPLE_RATE), np.float32)
-_BLOCK_FRAMES = 4  # of the network: 0.16 s where a frame is 40 ms
-_CHECKPOINT_BLOCKS = 6  # a segment that is cut in its past is read again from at most so far back
-_Checkpoint = tuple[State, Decoder, int]  # of a reader between two blocks
+BLOCK_FRAMES = 4  # of the network: 0.16 s where a frame is 40 ms
+_CHECKPOINT_BLOCKS = 6  # a segment that is cut in its past is decoded again from at most so far back
+T = TypeVar("T")
 
 
-class SegmentReader:
-    """The streaming network reading one segment; the recent past is kept so that it can still end there.
+class Step(NamedTuple):
+    """A request: one step of the streaming network; answered with log-probabilities (frames, vocabulary), new state.
 
-    All calls of the network happen in `_step`.
+    The arguments are those of `StreamingEngine.step`, for a batch of one.
     """
 
-    def __init__(self, engine: StreamingEngine, decoder: Decoder, lookback: int) -> None:
-        self.decoder = decoder
-        self._engine = engine
+    audio: np.ndarray
+    state: State
+    flush: bool
+
+
+class Reread(NamedTuple):
+    """A request: the offline network shall read a segment (n,) at 16 kHz; answered with its hypotheses."""
+
+    audio: np.ndarray
+
+
+Work = Generator[Step | Reread, Any, T]
+
+
+class StreamReader:
+    """The streaming network reading a stream, in blocks of one size; a segment may still end in the recent past.
+
+    The network's state goes on from segment to segment, so that it knows voice and room by then; every segment has a
+    decoder of its own. Frames are counted from the start of the stream, its edge silence included.
+
+    Attributes:
+        decoder: of the open segment.
+        start: frame at which that begins.
+        frames: read so far, of the stream.
+        written: frame after the last one on which the network wrote something to be seen; 0: it never did.
+
+    Args:
+        engine: the streaming network.
+        open_decoder: makes a decoder for each segment.
+        visible: which tokens can be seen, (vocabulary,): neither the blank nor spaces.
+        lookback: samples; `cut` goes back no further.
+        block_frames: of the network, that are read at a time.
+    """
+
+    shared = ("_engine", "_open_decoder", "_visible")  # not of the state that asr.snapshot keeps
+
+    def __init__(
+        self,
+        engine: StreamingEngine,
+        open_decoder: Callable[[], Decoder],
+        visible: np.ndarray,
+        lookback: int,
+        block_frames: int = BLOCK_FRAMES,
+    ) -> None:
+        self.decoder = open_decoder()
+        self.start = self.frames = self.written = 0
+        self._engine, self._open_decoder, self._visible = engine, open_decoder, visible
         self._state = engine.initial_state()
         self._void = engine.latency_frames  # output frames still to be dropped
-        self._block = _BLOCK_FRAMES * engine.samples_per_frame
+        self._block = block_frames * engine.samples_per_frame
         self._kept = -(-lookback // self._block)  # blocks
-        self._past: deque[tuple[np.ndarray, _Checkpoint | None]] = deque()  # blocks, what was before
-        self._read = 0  # samples in blocks, edge silence included
-        self._waiting = _EDGE  # samples that fill no block yet
+        self._past: deque[tuple[np.ndarray, Decoder | None]] = deque()  # log-probabilities, the decoder before them
+        self._waiting = [_EDGE]  # samples that fill no block yet
+        self.lacking = self._block - len(_EDGE)  # samples until they do; where it is not above 0, `read` has work
 
     def push(self, samples: np.ndarray) -> None:
-        """Read float32 (n,) at 16 kHz as far as whole blocks go."""
-        samples = np.concatenate([self._waiting, samples])
+        """Take float32 (n,) at 16 kHz, to be read."""
+        self._waiting.append(samples)
+        self.lacking -= len(samples)
+
+    def read(self) -> Work[None]:
+        """Read what was pushed as far as whole blocks go."""
+        samples = np.concatenate(self._waiting)
         whole = len(samples) // self._block * self._block
         for start in range(0, whole, self._block):
-            self._read_block(samples[start : start + self._block])
-        self._waiting = samples[whole:].copy()
+            yield from self._step(samples[start : start + self._block])
+        self._waiting = [samples[whole:].copy()]
+        self.lacking = self._block - (len(samples) - whole)
 
-    def rewind(self, length: int) -> np.ndarray:
-        """Take back all but the first `length` samples of the segment and return them."""
-        end = length + len(_EDGE)
-        taken = [self._waiting]
-        checkpoint = None
-        while self._read > end or (checkpoint is None and len(taken) > 1):
-            block, checkpoint = self._past.pop()
-            taken.append(block)
-            self._read -= self._block
-        if checkpoint is not None:
-            self._state, self.decoder, self._void = checkpoint
-        samples, start = np.concatenate(taken[::-1]), self._read
-        self._waiting = samples[:0]
-        self.push(samples[: end - start])
-        return samples[end - start :]
-
-    def finish(self) -> list[Hypothesis]:
-        """End the segment here and return what it may say, the best first; the reader is over then."""
+    def finish(self) -> Work[None]:
+        """End the stream: read what is left of it, and 250 ms of silence."""
         self.push(_EDGE)
+        yield from self.read()
         frame = self._engine.samples_per_frame
-        rest = self._waiting[: len(self._waiting) // frame * frame]  # what is left after it is silence
+        rest = self._waiting[0]
+        rest = rest[: len(rest) // frame * frame]  # what is left after it is silence
         if len(rest):
-            self._step(rest)
+            yield from self._step(rest)
         if self._engine.latency_frames:
-            self._step(np.zeros(self._engine.latency_frames * frame, np.float32), flush=True)
-        return self.decoder.finish()
+            yield from self._step(np.zeros(self._engine.latency_frames * frame, np.float32), flush=True)
 
-    def _read_block(self, block: np.ndarray) -> None:
+    def cut(self, frame: int) -> list[Hypothesis]:
+        """End the open segment before `frame`, which has been read, and return what it may say, the best first."""
+        later: list[np.ndarray] = []  # log-probabilities
+        before, decoder = self.frames, self.decoder
+        while before > frame or (later and decoder is None):
+            log_probs, decoder = self._past.pop()
+            before -= len(log_probs)
+            later.insert(0, log_probs)
+        assert decoder is not None
+        following = np.concatenate([np.zeros((0, len(self._visible)), np.float32), *later])
+        decoder.accept(following[: frame - before])
+        self.decoder, self.start = self._open_decoder(), frame
+        self._past.clear()
+        self._decode(following[frame - before :])
+        return decoder.finish()
+
+    def _step(self, audio: np.ndarray, flush: bool = False) -> Work[None]:
+        log_probs, self._state = yield Step(audio[None], self._state, flush)
+        void = min(self._void, len(log_probs))
+        self._void -= void
+        log_probs = log_probs[void:] if void else log_probs
+        self.frames += len(log_probs)
+        for later, token in enumerate(reversed(log_probs.argmax(axis=1).tolist())):
+            if self._visible[token]:
+                self.written = self.frames - later
+                break
+        self._decode(log_probs)
+
+    def _decode(self, log_probs: np.ndarray) -> None:
+        if not len(log_probs):
+            return
         if self._kept:
             due = len(self._past) % _CHECKPOINT_BLOCKS == 0
-            self._past.append((block.copy(), (self._state, self.decoder.copy(), self._void) if due else None))
+            self._past.append((log_probs.copy(), self.decoder.copy() if due else None))
             while len(self._past) >= self._kept + _CHECKPOINT_BLOCKS:
                 for _ in range(_CHECKPOINT_BLOCKS):
                     self._past.popleft()
-        self._read += len(block)
-        self._step(block)
+        self.decoder.accept(log_probs)
 
-    def _step(self, audio: np.ndarray, flush: bool = False) -> None:
-        log_probs, self._state = self._engine.step(audio[None], self._state, flush)
-        void = min(self._void, log_probs.shape[1])
-        self._void -= void
-        self.decoder.accept(log_probs[0, void:])
+
+def run(work: Work[T] | T, answer: Callable[[Step | Reread], Any]) -> T:
+    """Do the work of one stream, if it is any: each request is answered at once."""
+    if not isinstance(work, Generator):
+        return work
+    try:
+        request = next(work)
+        while True:
+            request = work.send(answer(request))
+    except StopIteration as done:
+        return done.value
+
+
+def run_together(works: Iterable[Work[T]], engine: StreamingEngine, rows: int) -> list[T]:
+    """Do the work of many streams, none of which asks to reread: up to `rows` of their steps are one call."""
+    results: dict[int, T] = {}
+    waiting: Gathering[tuple[int, Work[T]]] = Gathering()
+
+    def advance(number: int, work: Work[T], answer: Any) -> None:
+        try:
+            request = work.send(answer)
+        except StopIteration as done:
+            results[number] = done.value
+        else:
+            assert isinstance(request, Step)
+            waiting.add((number, work), request)
+
+    for number, work in enumerate(works):
+        advance(number, work, None)
+        while len(waiting) >= 2 * rows:
+            _answer_group(waiting, engine, rows, advance)
+    while len(waiting):
+        _answer_group(waiting, engine, rows, advance)
+    return [results[number] for number in range(len(results))]
+
+
+def _answer_group(
+    waiting: "Gathering[tuple[int, Work[T]]]",
+    engine: StreamingEngine,
+    rows: int,
+    advance: Callable[[int, Work[T], Any], None],
+) -> None:
+    group = waiting.take(rows)
+    answers = parted(*engine.step(*joined([step for _, step in group])))
+    for ((number, work), _), answer in zip(group, answers, strict=True):
+        advance(number, work, answer)
+
+
+def joined(steps: Sequence[Step]) -> Step:
+    """Steps of equal length and equal `flush` as one step of many rows."""
+    if len(steps) == 1:
+        return steps[0]
+    state = tuple([np.concatenate(parts) for parts in zip(*[step.state for step in steps], strict=True)])
+    return Step(np.concatenate([step.audio for step in steps]), state, steps[0].flush)
+
+
+def parted(log_probs: np.ndarray, state: State) -> list[tuple[np.ndarray, State]]:
+    """What a step of many rows gave, as the answer of each row."""
+    if len(log_probs) == 1:
+        return [(log_probs[0], state)]
+    # copies: a row that outlives its batch must not keep the whole of it
+    return [(row, tuple([part[i : i + 1].copy() for part in state])) for i, row in enumerate(log_probs)]
+
+
+class Gathering(Generic[T]):
+    """Steps that wait to be computed, each with whom it belongs to; those of one kind can be one call."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[tuple[int, bool], deque[tuple[float, T, Step]]] = {}  # by length and flush
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def since(self) -> float:
+        """When, in `time.monotonic`, the step that has waited longest was added; there must be one."""
+        return self._oldest()[0][0]
+
+    def add(self, owner: T, step: Step) -> None:
+        """Put a step at the end of the queue."""
+        kind = (step.audio.shape[1], step.flush)
+        self._kinds.setdefault(kind, deque()).append((monotonic(), owner, step))
+        self._count += 1
+
+    def take(self, rows: int) -> list[tuple[T, Step]]:
+        """The step that has waited longest and up to `rows` - 1 of its kind, the oldest first."""
+        queue = self._oldest()
+        taken = [queue.popleft()[1:] for _ in range(min(rows, len(queue)))]
+        self._count -= len(taken)
+        return taken
+
+    def _oldest(self) -> deque[tuple[float, T, Step]]:
+        return min((queue for queue in self._kinds.values() if queue), key=lambda queue: queue[0][0])

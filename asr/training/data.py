@@ -18,10 +18,12 @@ from asr.config import TrainConfig
 from asr.errors import ConfigError, TextError
 from asr.features import FLOOR
 from asr.text import Tokenizer
-from asr.training.shards import ShardDataset, Statistics
+from asr.training.shards import STATES, ShardDataset, Statistics
 
 EDGE_SAMPLES = SAMPLE_RATE // 4  # 250 ms of silence before and after: short words need frames to be written on
 _GRID = SAMPLE_RATE * 32 // 100  # batch lengths are rounded up to this: each new shape costs oneDNN a set-up
+UNKNOWN = -1  # the phone state of a frame that was not aligned
+_DELAY = 2  # frames: a network without a future names a phone's states so late, when it has heard them
 _ORDER, _ROW, _SILENCE = 0, 1, 2  # streams of random numbers
 
 
@@ -36,7 +38,8 @@ class Batch:
             of length 0 where unknown.
         counts: (batch,) bool: False for a row that only keeps a rank without work in step.
         hidden_frames: (batch, feature frames) bool; hidden_bands: (batch, bands) bool: SpecAugment's masks.
-        token_count, phone_count: of the global batch, over all ranks.
+        states: (batch, output frames) int64, the aligned phone state of each frame or UNKNOWN.
+        token_count, phone_count, state_count: of the global batch, over all ranks.
     """
 
     audio: torch.Tensor
@@ -49,8 +52,10 @@ class Batch:
     phone_lengths: torch.Tensor
     hidden_frames: torch.Tensor
     hidden_bands: torch.Tensor
+    states: torch.Tensor
     token_count: int
     phone_count: int
+    state_count: int
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
@@ -59,7 +64,9 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class _Planned:
+class Plan:
+    """One global batch: which rows, at what speeds, padded to how many samples."""
+
     rows: tuple[int, ...]
     speeds: tuple[float, ...]
     samples: int
@@ -105,6 +112,13 @@ class Corpus:
                 self.phone_ids.append([ids[p] for p in (phones_of_row or "").split() if p in ids])
                 sources.append(dataset.sources[row])
         self.sources = np.array(sources)
+        aligned = [dataset.aligned_phones for dataset in self.datasets]
+        union = sorted({phone for phones in aligned for phone in phones})
+        self.state_count = len(union) * STATES
+        self._states = [
+            np.array([union.index(p) * STATES + s for p in phones for s in range(STATES)], np.int64)
+            for phones in aligned
+        ]  # of each folder's labels among all
         self.n_samples = np.array([self.datasets[d].n_samples[row] for d, row in self.where], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -119,6 +133,11 @@ class Corpus:
         """Normalised text of an utterance."""
         d, row = self.where[index]
         return self.datasets[d].texts[row]
+
+    def states(self, index: int) -> np.ndarray:
+        """The aligned phone state in each 10 ms of an utterance: (frames,) int64; empty where unknown."""
+        d, row = self.where[index]
+        return self._states[d][self.datasets[d].alignment(row)]
 
     def features(self, index: int) -> torch.Tensor:
         """Stored log-mel features of an utterance: (frames, bands) float32."""
@@ -170,7 +189,7 @@ class Sampler:
                 f"{self.too_long} too long, {self.too_dense} with more tokens than frames"
             )
 
-    def epoch(self, epoch: int) -> list[_Planned]:
+    def epoch(self, epoch: int) -> list[Plan]:
         """The global batches of an epoch (from 0), in training order."""
         config, training = self.config, self.config.training
         rng = np.random.default_rng([training.seed, _ORDER, epoch])
@@ -185,7 +204,7 @@ class Sampler:
         speeds = np.array([draw_speed(config.augment, rng) for _ in rows])
         lengths = np.ceil(self.corpus.n_samples[rows] / speeds).astype(np.int64) + 2 * EDGE_SAMPLES
         order = np.argsort(lengths * rng.uniform(0.97, 1.03, len(rows)), kind="stable")
-        batches: list[_Planned] = []
+        batches: list[Plan] = []
         start = 0
         for end in range(1, len(order) + 1):
             group = order[start:end]
@@ -194,7 +213,7 @@ class Sampler:
             full = len(after) > training.batch_utterances or widest * len(after) > training.batch_seconds * SAMPLE_RATE
             if end == len(order) or full:
                 samples = -(-int(lengths[group].max()) // _GRID) * _GRID
-                batches.append(_Planned(tuple(rows[group]), tuple(speeds[group]), samples))
+                batches.append(Plan(tuple(rows[group]), tuple(speeds[group]), samples))
                 start = end
         return [batches[i] for i in rng.permutation(len(batches))]
 
@@ -213,12 +232,12 @@ class Loader:
         self.rank, self.world, self.augment = rank, world, augment
         self.noise = ShardDataset(config.augment.noise) if augment and config.augment.noise else None
 
-    def batches(self, planned: Sequence[_Planned], epoch: int) -> Iterator[Batch]:
+    def batches(self, planned: Sequence[Plan], epoch: int) -> Iterator[Batch]:
         """The tensors of each planned batch."""
         for plan in planned:
             yield self.batch(plan, epoch)
 
-    def batch(self, plan: _Planned, epoch: int) -> Batch:
+    def batch(self, plan: Plan, epoch: int) -> Batch:
         """The tensors of one planned batch; a rank without a row of its own gets one that does not count."""
         corpus, bands = self.corpus, self.config.features.bands
         pairs = list(zip(plan.rows, plan.speeds, strict=True))
@@ -233,6 +252,8 @@ class Loader:
         features = torch.full((len(mine), frames, bands), math.log(FLOOR)) if stored else None  # what silence gives
         hidden_frames = np.zeros((len(mine), frames), bool)
         hidden_bands = np.zeros((len(mine), bands), bool)
+        stride = self.hop * math.prod(self.config.model.strides)
+        states = np.full((len(mine), plan.samples // stride), UNKNOWN)
         silent = {row for row in plan.rows if self._is_silent(row, epoch)}
         for i, (row, speed) in enumerate(mine):
             rng = np.random.default_rng([self.config.training.seed, _ROW, epoch, int(row)])
@@ -252,10 +273,14 @@ class Loader:
                 samples = samples[: plan.samples - 2 * EDGE_SAMPLES]
                 audio[i, EDGE_SAMPLES : EDGE_SAMPLES + len(samples)] = samples
                 lengths[i] = len(samples) + 2 * EDGE_SAMPLES
+            if not idle and row not in silent:
+                states[i] = self._states_at(row, speed, states.shape[1], stride)
             if self.augment:
                 n = int(lengths[i]) // self.hop
                 hidden_frames[i, :n], hidden_bands[i] = draw_masks(n, bands, self.config.augment, rng)
-        tokens, token_lengths = _pad([[] if row in silent else corpus.tokens[row] for row, _ in mine])
+        if idle:
+            lengths.zero_()  # no frame of it enters batch normalisation
+        tokens, token_lengths = _pad([[] if idle or row in silent else corpus.tokens[row] for row, _ in mine])
         phones, phone_lengths = _pad([[] if idle or row in silent else corpus.phone_ids[row] for row, _ in mine])
         return Batch(
             audio=audio,
@@ -268,9 +293,22 @@ class Loader:
             phone_lengths=phone_lengths,
             hidden_frames=torch.from_numpy(hidden_frames),
             hidden_bands=torch.from_numpy(hidden_bands),
+            states=torch.from_numpy(states),
             token_count=sum(len(corpus.tokens[row]) for row in plan.rows),
             phone_count=sum(len(corpus.phone_ids[row]) for row in plan.rows),
+            state_count=len(plan.rows) * states.shape[1],
         )
+
+    def _states_at(self, row: int, speed: float, frames: int, stride: int) -> np.ndarray:
+        """The phone state that each output frame of an utterance should name: (frames,) int64."""
+        known = self.corpus.states(row)
+        if not len(known):
+            return np.full(frames, UNKNOWN)
+        delay = 0 if self.config.model.bidirectional else _DELAY
+        position = (np.arange(frames) - delay) * stride - EDGE_SAMPLES  # of the frame's middle, in changed audio
+        labels = np.floor(position * speed / self.hop).astype(np.int64)
+        inside = (labels >= 0) & (labels < len(known))
+        return np.where(inside, known[labels.clip(0, len(known) - 1)], known[0])  # known[0] is silence
 
     def _is_silent(self, row: int, epoch: int) -> bool:
         chance = self.config.augment.silence_probability if self.augment else 0.0
@@ -286,7 +324,7 @@ class Loader:
         return torch.from_numpy(np.roll(samples, -start).astype(np.float32) / 32768)
 
 
-def tuning_plan(corpus: Corpus, minutes: float, seconds: float) -> list[_Planned]:
+def tuning_plan(corpus: Corpus, minutes: float, seconds: float) -> list[Plan]:
     """Read about `minutes` of a corpus, evenly picked, unchanged, shortest first, in batches of `seconds`."""
     step = max(round(corpus.n_samples.sum() / SAMPLE_RATE / 60 / minutes), 1)
     picked = np.arange(0, len(corpus), step)
@@ -298,7 +336,7 @@ def tuning_plan(corpus: Corpus, minutes: float, seconds: float) -> list[_Planned
         if end == len(order) or full:
             group = order[start:end]
             samples = int(corpus.n_samples[group].max()) + 2 * EDGE_SAMPLES
-            plans.append(_Planned(tuple(group), (1.0,) * len(group), -(-samples // _GRID) * _GRID))
+            plans.append(Plan(tuple(group), (1.0,) * len(group), -(-samples // _GRID) * _GRID))
             start = end
     return plans
 

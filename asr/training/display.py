@@ -43,8 +43,9 @@ class Display:
     def show(self, row: dict) -> None:
         """Show one row of the log."""
         kind = row["kind"]
+        if "text" in row:
+            self._console.print(row["text"], markup=False)
         if kind == "start":
-            self._console.print(row["text"])
             self._bar.update(self._task, total=row["total"], completed=row["step"])
         elif kind == "step":
             text = f"epoch {row['epoch'] + 1} loss {row['loss']:.3f} {row['speed']:.0f} audio s/s"
@@ -54,8 +55,10 @@ class Display:
                 f"epoch {row['epoch'] + 1}: dev loss {row['loss']:.3f}, CER {row['cer']:.1%}, WER {row['wer']:.1%}, "
                 f"after {row['audio_hours']:.1f} h of audio"
             )
-        elif kind == "end":
-            self._console.print(row["text"])
+
+    def note(self, text: str) -> None:
+        """Show a line that is not in the log."""
+        self._console.print(text, markup=False)
 
     def follow(self, log: Path) -> None:
         """Show what is added to `log` from now on."""

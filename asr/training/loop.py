@@ -1,30 +1,24 @@
 """The training loop: one process of one or more, from a configuration to a model folder."""
 
-import dataclasses
-import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torchaudio
-from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
 
-from asr.augment import SAMPLE_RATE, changes_waveform
-from asr.config import FeatureConfig, NetworkConfig, TrainConfig, load_config, to_toml
-from asr.errors import AsrError, ConfigError
-from asr.files import write_atomically
-from asr.models import FORMAT_VERSION, Network, load_network, save_network
+from asr.augment import SAMPLE_RATE
+from asr.config import NetworkConfig, TrainConfig
+from asr.errors import AsrError
+from asr.models import FORMAT_VERSION, Network, load_network
 from asr.text import Tokenizer
-from asr.training.checkpoint import average_weights, checkpoints, load_checkpoint, random_state, save_checkpoint
-from asr.training.data import Corpus, Loader, Sampler, tuning_plan
-from asr.training.display import Display
-from asr.training.shards import ShardDataset
+from asr.training.checkpoint import average_weights, checkpoints, load_checkpoint, random_state
+from asr.training.data import Corpus, Loader, Plan, Sampler, tuning_plan
+from asr.training.ranks import Ranks, Stragglers
+from asr.training.record import Record
+from asr.training.start import check_inputs, take_weights
 from asr.training.step import Losses, choose_precision, ctc, features_of, learning_rate
 
 _BAD_STEPS_IN_A_ROW = 20
@@ -51,37 +45,40 @@ def run_training(
         The network's folder.
 
     Raises:
-        AsrError: data, configuration or checkpoint are not usable, or the loss stays non-finite.
+        AsrError: data, configuration or checkpoint are not usable, `run` cannot be written, the loss stays
+            non-finite, or (RankError) another rank is gone.
     """
-    device = device or torch.device("cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(config.training.threads)
-    torch.manual_seed(config.training.seed + rank)
-    run.mkdir(parents=True, exist_ok=True)
-    trainer = _Trainer(config, run, rank, world, device)
-    return trainer.train(report)
+    return Trainer(config, run, rank=rank, world=world, device=device).train(report)
 
 
-class _Trainer:
-    """What a run holds between its steps."""
+class Trainer:
+    """What a run holds between its steps; making one writes nothing."""
 
-    def __init__(self, config: TrainConfig, run: Path, rank: int, world: int, device: torch.device) -> None:
-        self.config, self.run, self.rank, self.world, self.device = config, run, rank, world, device
-        self.display = Display(quiet=rank > 0)
+    def __init__(
+        self, config: TrainConfig, run: Path, *, rank: int = 0, world: int = 1, device: torch.device | None = None
+    ) -> None:
+        self.config, self.run = config, run
+        self.device = device or torch.device("cpu")
+        if self.device.type == "cpu":
+            torch.set_num_threads(config.training.threads)
+        torch.manual_seed(config.training.seed + rank)
         check_inputs(config, run)
+        self.ranks = Ranks(rank, world, self.device, config.training.hang_seconds)
+        self.checkpoint = self._newest_checkpoint()
         start = load_network(config.init_from) if config.init_from else None
-        kept = run / "tokens.txt"
-        tokenizer = Tokenizer.load(kept) if kept.is_file() else start.tokenizer if start else None
-        self.corpus = Corpus(config.data.train, tokenizer, start.phones if start else None)
-        self.sampler: Sampler
-        self.network = self._new_network(start).to(device)
+        tokenizer = start.tokenizer if start and not config.new_tokens else None
+        if self.checkpoint:
+            tokenizer = Tokenizer.load(run / "tokens.txt")
+        phones = start.phones if start and not config.new_tokens else None
+        self.corpus = Corpus(config.data.train, tokenizer, phones)
+        self.network = self._new_network(start).to(self.device)
         self.sampler = Sampler(self.corpus, config, self.network.stride)
         self.dev = Corpus(config.data.dev, self.corpus.tokenizer, self.corpus.phones) if config.data.dev else None
         hop = config.features.hop
         self.loader = Loader(self.corpus, config, hop, rank=rank, world=world)
         self.dev_loader = Loader(self.dev, config, hop, augment=False) if self.dev else None
-        precision = choose_precision(config.training.precision, device)
-        losses = Losses(self.network, config.training.phone_weight, precision)
+        precision = choose_precision(config.training.precision, self.device)
+        losses = Losses(self.network, config.training.phone_weight, config.training.alignment_weight, precision)
         self.losses = DistributedDataParallel(losses) if world > 1 else losses
         decayed = [p for p in self.network.parameters() if p.ndim > 1]
         plain = [p for p in self.network.parameters() if p.ndim <= 1]
@@ -92,12 +89,21 @@ class _Trainer:
         )
         accumulate = config.training.accumulate
         self.steps_in = [-(-len(self.sampler.epoch(e)) // accumulate) for e in range(config.training.epochs)]
-        self.progress = {"epoch": 0, "batch": 0, "best": math.inf, "skipped": 0, "audio_seconds": 0.0}
+        self.progress = {
+            "epoch": 0, "batch": 0, "best": math.inf, "since_best": 0, "skipped": 0, "clipped": 0, "audio_seconds": 0.0
+        }  # fmt: skip
         self.step = 0
         self.bad_steps = 0  # in a row, with a non-finite gradient
+        self.stragglers = Stragglers(self.network)
+        self.record = Record(run, rank)
         self.description = self._describe(precision)
-        if rank == 0:  # only now: a start that failed leaves no configuration behind
-            write_atomically(run / "config.toml", to_toml(config))
+
+    def _newest_checkpoint(self) -> Path | None:
+        """What rank 0 sees: another rank may see a shared folder as it was a moment ago."""
+        found = checkpoints(self.run / "checkpoints")
+        own = int(found[-1].name.partition("-")[2]) if found else -1
+        step = int(self.ranks.gather([own])[0][0])
+        return self.run / "checkpoints" / f"step-{step:08d}" if step >= 0 else None
 
     def _new_network(self, start: Network | None) -> Network:
         config = self.config
@@ -108,9 +114,10 @@ class _Trainer:
         phones = self.corpus.phones if config.model.phone_layer and config.training.phone_weight else ()
         with torch.random.fork_rng():
             torch.manual_seed(config.training.seed)  # the same first weights on every rank
-            network = Network(settings, self.corpus.tokenizer, mean, variance, phones)
+            states = self.corpus.state_count if config.training.alignment_weight else 0
+            network = Network(settings, self.corpus.tokenizer, mean, variance, phones, states)
         if start is not None:
-            _take_weights(network, start)
+            take_weights(network, start)
         return network
 
     def _describe(self, precision: str) -> str:
@@ -126,138 +133,148 @@ class _Trainer:
         return (
             f"{self.config.model.kind} network, {weights / 1e6:.2f} M weights, {len(corpus.tokenizer)} tokens, "
             f"{len(corpus.phones)} phones; {len(sampler.usable)} utterances, {hours:.2f} h; left out: {left_out}; "
-            f"{sum(self.steps_in)} steps in {self.config.training.epochs} epochs; {precision}, {self.world} worker(s)"
+            f"{sum(self.steps_in)} steps in {self.config.training.epochs} epochs; {precision}, "
+            f"{self.ranks.world} worker(s)"
         )
 
-    def train(self, report: Report | None) -> Path:
-        config = self.config
-        found = checkpoints(self.run / "checkpoints")
-        if found:
-            self.progress = load_checkpoint(found[-1], self.network, self.optimizer, self.rank, self.device)
-            self.step = self.progress.pop("step")
-        elif self.rank == 0:
-            self.corpus.tokenizer.save(self.run / "tokens.txt")
-        self.writer = SummaryWriter(str(self.run / "tensorboard")) if self.rank == 0 else None
-        with open(os.devnull if self.rank else self.run / "log.jsonl", "a", encoding="utf-8") as self.log, self.display:
-            text = self.description + (f"; continuing from {found[-1].name}" if found else "")
-            self._log("start", text=text, total=sum(self.steps_in))
-            try:
-                for epoch in range(self.progress["epoch"], config.training.epochs):
-                    self._epoch(epoch)
-                    metrics = {"epoch": epoch, "step": self.step, **self._tune(epoch)}
-                    if report:
-                        report(metrics)
-            finally:
-                if self.writer:
-                    self.writer.close()
+    def train(self, report: Report | None = None) -> Path:
+        """All that is left of the run; gives the network's folder."""
+        if self.checkpoint:
+            path = self.checkpoint
+            kept = load_checkpoint(path, self.network, self.optimizer, self.ranks.rank, self.device)
+            self.step = kept.pop("step")
+            self.progress |= kept
+        self.record.begin(self.config, self.network, resumed=self.checkpoint is not None)
+        with self.record:
+            text = self.description + (f"; continuing from {self.checkpoint.name}" if self.checkpoint else "")
+            workers = ", ".join(self.ranks.names)
+            self.record.log("start", self.step, text=text, total=sum(self.steps_in), workers=workers)
+            while self.progress["epoch"] < self.config.training.epochs and not self._out_of_patience():
+                epoch = self.progress["epoch"]
+                self._epoch(epoch)
+                metrics = {"epoch": epoch, "step": self.step, **self._tune(epoch)}
+                if report:
+                    report(metrics)
             return self._finish()
 
     def _epoch(self, epoch: int) -> None:
         training = self.config.training
         planned = self.sampler.epoch(epoch)
-        first = self.progress["batch"]
-        self.losses.train()
-        for start in range(first, len(planned), training.accumulate):
+        for start in range(self.progress["batch"], len(planned), training.accumulate):
             clock = time.perf_counter()
             group = planned[start : start + training.accumulate]
             rate = learning_rate(self.step, sum(self.steps_in), training.learning_rate, training.warmup_steps)
-            for parameters in self.optimizer.param_groups:
-                parameters["lr"] = rate
-            loss = torch.zeros((), device=self.device)
-            seconds = 0.0
-            for batch in self.loader.batches(group, epoch):
-                batch = batch.to(self.device)
-                total, token_loss = self.losses(batch)
-                # DistributedDataParallel takes the mean over ranks of what are parts of a sum
-                (total * self.world / len(group)).backward()
-                loss += token_loss / len(group)
-                seconds += float(batch.lengths.sum()) / SAMPLE_RATE
-            norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), training.clip_norm)
-            finite = bool(torch.isfinite(norm))
-            if finite:
-                self.optimizer.step()
-                self.bad_steps = 0
-            else:
-                self.progress["skipped"] += 1
-                self.bad_steps += 1
-                if self.bad_steps >= _BAD_STEPS_IN_A_ROW:
-                    raise AsrError(
-                        f"{self.run}: {self.bad_steps} steps in a row had a non-finite gradient (step {self.step}); "
-                        "lower training.learning_rate, or look at the data of these steps in log.jsonl"
-                    )
-            self.optimizer.zero_grad(set_to_none=True)
+            loss, norm, seconds = self.train_on(group, epoch, rate)
             self.step += 1
-            if self.world > 1:
-                sums = torch.tensor([float(loss), seconds], device=self.device)
-                dist.all_reduce(sums)
-                loss, seconds = sums[0], float(sums[1])
-            self.progress["audio_seconds"] += seconds
             self.progress["batch"] = start + len(group)
-            self._log(
-                "step", epoch=epoch, loss=float(loss), learning_rate=rate, gradient_norm=float(norm),
+            self.progress["audio_seconds"] += seconds
+            self.record.log(
+                "step", self.step, epoch=epoch, batch=start, loss=loss, learning_rate=rate, gradient_norm=norm,
+                clip_rate=self.progress["clipped"] / (start // training.accumulate + 1),
                 skipped=self.progress["skipped"], audio_hours=self.progress["audio_seconds"] / 3600,
                 speed=seconds / (time.perf_counter() - clock),
             )  # fmt: skip
             if self.progress["batch"] < len(planned) and self.step % training.checkpoint_steps == 0:
                 self._save()
 
-    def _log(self, kind: str, **values: float | str) -> None:
-        """Add a row to log.jsonl, to TensorBoard and to what a person sees; rank 0 alone."""
-        if self.rank:
-            return
-        row = {"kind": kind, "step": self.step, "time": round(time.time(), 1), **values}
-        self.log.write(json.dumps(row) + "\n")
-        self.log.flush()
-        self.display.show(row)
-        for name, value in values.items():
-            if self.writer and not isinstance(value, str):
-                self.writer.add_scalar(f"{kind}/{name}", value, self.step)
+    def train_on(self, group: list[Plan], epoch: int, rate: float) -> tuple[float, float, float]:
+        """One step of the optimiser.
+
+        Args:
+            group: the global batches whose mean gradient is taken; this rank reads its share of each.
+            epoch: from 0, for what is drawn at random.
+            rate: the learning rate.
+
+        Returns:
+            The loss a token, the norm of the gradient before clipping, and the seconds of audio read by all ranks.
+
+        Raises:
+            AsrError: too many steps in a row had a non-finite gradient.
+        """
+        training = self.config.training
+        self.losses.train()
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = rate
+        running = [value for name, value in self.network.named_buffers() if "running_" in name]
+        before = [value.clone() for value in running]
+        loss = torch.zeros((), device=self.device)
+        seconds = work = 0.0
+        utterances = 0
+        clock = time.perf_counter()
+        for batch in self.loader.batches(group, epoch):
+            batch = batch.to(self.device)
+            with self.ranks.meet():
+                total, token_loss = self.losses(batch)
+                work += time.perf_counter() - clock - self.stragglers.waited()
+                # DistributedDataParallel takes the mean over ranks of what are parts of a sum
+                (total * self.ranks.world / len(group)).backward()
+            loss += token_loss / len(group)
+            seconds += float(batch.lengths.sum()) / SAMPLE_RATE
+            utterances += len(batch.lengths)
+            clock = time.perf_counter()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.network.parameters(), training.clip_norm))
+        if math.isfinite(norm):
+            if training.clip_value:
+                torch.nn.utils.clip_grad_value_(self.network.parameters(), training.clip_value)
+            self.optimizer.step()
+            self.bad_steps = 0
+            self.progress["clipped"] += norm > training.clip_norm
+        else:
+            for value, kept in zip(running, before, strict=True):
+                value.copy_(kept)  # what batch normalisation saw of this step is not to stay either
+            self.progress["skipped"] += 1
+            self.bad_steps += 1
+            if self.bad_steps >= _BAD_STEPS_IN_A_ROW:
+                raise AsrError(
+                    f"{self.run}: {self.bad_steps} steps in a row had a non-finite gradient (step {self.step + 1}); "
+                    "lower training.learning_rate, or look at the data of these steps in log.jsonl"
+                )
+        self.optimizer.zero_grad(set_to_none=True)
+        rows = self.ranks.gather([float(loss), seconds, work / utterances])
+        slow = self.stragglers.find([row[2] for row in rows])
+        if slow:
+            name, times = self.ranks.names[slow[0]], slow[1]
+            text = f"{name} is slow: {times:.1f} times the others' work on an utterance, and they wait for it"
+            self.record.log("slow", self.step + 1, text=text)
+        return sum(row[0] for row in rows), norm, sum(row[1] for row in rows)
 
     def _save(self) -> None:
-        states = [random_state(self.device)]
-        if self.world > 1:
-            gathered = [torch.empty_like(states[0], device=self.device) for _ in range(self.world)]
-            dist.all_gather(gathered, states[0].to(self.device))
-            states = [s.cpu() for s in gathered]
-        if self.rank == 0:
-            folder = self.run / "checkpoints"
-            save_checkpoint(folder, self.step, self.network, self.optimizer, states, self.progress)
-        if self.world > 1:
-            dist.barrier()
+        states = self.ranks.gather_bytes(random_state(self.device))
+        self.record.checkpoint(self.step, self.network, self.optimizer, states, self.progress)
+        self.ranks.wait()
 
     def _tune(self, epoch: int) -> dict:
         """Score the tuning data, keep the best network and this epoch's weights, write a checkpoint."""
-        metrics = self._score() if self.rank == 0 else {}
-        if self.rank == 0:
-            if metrics:
-                hours = self.progress["audio_seconds"] / 3600
-                self._log("dev", epoch=epoch, audio_hours=hours, **metrics)
-            self._keep_epoch(epoch)
-            if metrics.get("cer", 0.0) <= self.progress["best"]:
-                self.progress["best"] = metrics.get("cer", 0.0)
-                save_network(self.network, self.run / "best")
-        self.progress["epoch"], self.progress["batch"] = epoch + 1, 0
+        metrics = self._score()
+        if metrics:
+            hours = self.progress["audio_seconds"] / 3600
+            self.record.log("dev", self.step, epoch=epoch, audio_hours=hours, **metrics)
+        self.record.keep_epoch(epoch, self.network, self.config.training.average)
+        cer, best = metrics.get("cer", 0.0), self.progress["best"]
+        self.progress["since_best"] = 0 if cer < best else self.progress["since_best"] + 1
+        if cer <= best:
+            self.progress["best"] = cer
+            self.record.keep(self.network, self.run / "best")
+        self.progress["epoch"], self.progress["batch"], self.progress["clipped"] = epoch + 1, 0, 0
         self._save()
+        if self._out_of_patience():
+            text = f"stopped after epoch {epoch + 1}: no better CER for {self.progress['since_best']} epochs"
+            self.record.log("stop", self.step, text=text)
         return metrics
 
-    def _keep_epoch(self, epoch: int) -> None:
-        """Keep the weights of the last epochs, for their average."""
-        folder = self.run / "epochs"
-        folder.mkdir(exist_ok=True)
-        weights = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
-        save_file(weights, folder / f".{epoch:04d}.tmp")
-        os.replace(folder / f".{epoch:04d}.tmp", folder / f"{epoch:04d}.safetensors")
-        for old in sorted(folder.glob("*.safetensors"))[: -self.config.training.average]:
-            old.unlink()
+    def _out_of_patience(self) -> bool:
+        patience = self.config.training.patience
+        return patience > 0 and self.progress["since_best"] >= patience
 
     @torch.no_grad()
     def _score(self) -> dict[str, float]:
-        """Greedy character and word error rates and loss a token on the tuning data."""
+        """Greedy character and word error rates and loss a token on the tuning data, each rank reading its share."""
         if self.dev is None or self.dev_loader is None:
             return {}
         self.network.eval()
         loss = tokens = characters = character_errors = words = word_errors = 0.0
-        for plan in tuning_plan(self.dev, self.config.data.dev_minutes, self.config.training.batch_seconds):
+        plans = tuning_plan(self.dev, self.config.data.dev_minutes, self.config.training.batch_seconds)
+        for plan in plans[self.ranks.rank :: self.ranks.world]:
             batch = self.dev_loader.batch(plan, 0).to(self.device)
             log_probs, frames, _ = self.network.read_features(*features_of(self.network, batch))
             loss += float(ctc(log_probs, frames, batch.tokens, batch.token_lengths, batch.counts))
@@ -270,6 +287,8 @@ class _Trainer:
                 character_errors += torchaudio.functional.edit_distance(reference, hypothesis)
                 words += len(reference.split())
                 word_errors += torchaudio.functional.edit_distance(reference.split(), hypothesis.split())
+        rows = self.ranks.gather([loss, tokens, characters, character_errors, words, word_errors])
+        loss, tokens, characters, character_errors, words, word_errors = map(sum, zip(*rows, strict=True))
         return {
             "loss": loss / max(tokens, 1),
             "cer": character_errors / max(characters, 1),
@@ -279,63 +298,18 @@ class _Trainer:
     def _finish(self) -> Path:
         """Average the last epochs where that scores better than the best one, and write the model folder."""
         folder = self.run / "model" / self.config.model.kind
-        if self.rank == 0:
-            best = load_network(self.run / "best")
-            epochs = sorted((self.run / "epochs").glob("*.safetensors"))
+        epochs = self.record.epochs()
+        if self.ranks.rank == 0:
             self.network.load_state_dict(average_weights(epochs))
-            if self.dev is None:
-                save_network(self.network, folder)
-                self._log("end", text=f"no tuning data (data.dev): the mean of the last {len(epochs)} epochs is kept")
-            else:
-                best_cer, averaged = self.progress["best"], self._score()["cer"]
-                save_network(self.network if averaged <= best_cer else best, folder)
-                self._log("end", text=f"CER of the best epoch {best_cer:.1%}, of the mean of the last {averaged:.1%}")
-        if self.world > 1:
-            dist.barrier()
+        self.ranks.share(self.network.state_dict().values())
+        averaged, best_cer = self._score().get("cer"), self.progress["best"]
+        if averaged is None:
+            text = f"no tuning data (data.dev): the mean of the last {len(epochs)} epochs is kept"
+        else:
+            text = f"CER of the best epoch {best_cer:.1%}, of the mean of the last {averaged:.1%}"
+        if self.ranks.rank == 0:
+            better = averaged is None or averaged <= best_cer
+            self.record.keep(self.network if better else load_network(self.run / "best"), folder)
+        self.record.log("end", self.step, text=text)
+        self.ranks.wait()
         return folder
-
-
-def check_inputs(config: TrainConfig, run: Path) -> None:
-    """Refuse a training that cannot start, before anything is written or another process started.
-
-    Raises:
-        AsrError: prepared data is missing or was made with other features, `init_from` is no network, or the run
-            was started with another configuration (threads, checkpoint_steps and average may differ).
-    """
-    for folder in (*config.data.train, *config.data.dev, *filter(None, [config.augment.noise])):
-        info = ShardDataset(folder).info
-        if info["store"] == "features" and changes_waveform(config.augment):
-            raise ConfigError(
-                f"{folder}: holds features, so the waveform cannot be augmented; set augment.speeds = [1.0], "
-                "gain_db = 0 and the probabilities to 0, or prepare with --store audio"
-            )
-        made_with = info.get("features", dataclasses.asdict(FeatureConfig()))
-        if made_with != dataclasses.asdict(config.features):
-            raise ConfigError(f"{folder}: its statistics are of features {made_with}, [features] asks for others")
-    if config.init_from:
-        load_network(config.init_from)
-    if not checkpoints(run / "checkpoints"):
-        return
-
-    def core(c: TrainConfig) -> TrainConfig:
-        free = {"threads": 1, "checkpoint_steps": 1, "average": 1}
-        return dataclasses.replace(c, training=dataclasses.replace(c.training, **free))
-
-    before, now = core(load_config(run / "config.toml")), core(config)
-    names = [f.name for f in dataclasses.fields(config) if getattr(before, f.name) != getattr(now, f.name)]
-    if names:
-        raise ConfigError(
-            f"{run}: was started with another configuration ([{'], ['.join(names)}] differ); "
-            "give another --out, or the same values"
-        )
-
-
-def _take_weights(network: Network, start: Network) -> None:
-    """Copy all weights of `start` that have a place in `network`; refuse a network of another shape."""
-    own = network.state_dict()
-    fitting = {k: v for k, v in start.state_dict().items() if k in own and own[k].shape == v.shape}
-    missing = sorted(own.keys() - fitting.keys())
-    body = [name for name in missing if "phone_output" not in name]
-    if body:
-        raise ConfigError(f"init_from: {len(body)} tensors do not fit, the first is {body[0]}; use the same [model]")
-    network.load_state_dict({**own, **fitting})

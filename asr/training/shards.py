@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,8 @@ import pyarrow as pa
 from asr.errors import ConfigError
 
 VERSION = 1
+ALIGNMENT_FILE = "alignment.npz"
+STATES = 3  # of an aligned phone, left to right: it lasts at least 30 ms
 ROWS_PER_BATCH = 64
 SCHEMA = pa.schema(
     [
@@ -35,6 +37,15 @@ def write_shard(path: str | Path, rows: Iterable[dict]) -> None:
     with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         for start in range(0, len(rows), ROWS_PER_BATCH):
             writer.write_batch(pa.RecordBatch.from_pylist(rows[start : start + ROWS_PER_BATCH], SCHEMA))
+    os.replace(temporary, path)
+
+
+def write_alignment(folder: str | Path, phones: Sequence[str], labels: Sequence[np.ndarray]) -> None:
+    """Keep the alignment of a prepared folder's rows: (frames,) uint8 each, empty for a row without, atomically."""
+    path = Path(folder) / ALIGNMENT_FILE
+    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}.npz")  # numpy wants that ending
+    ends = np.cumsum([len(row) for row in labels])
+    np.savez(temporary, labels=np.concatenate(labels), ends=ends, phones=np.array(phones))
     os.replace(temporary, path)
 
 
@@ -67,12 +78,15 @@ class ShardDataset:
         texts: normalised text of each utterance.
         phones: space-separated phones of each utterance, or None.
         info: the contents of dataset.json.
+        aligned_phones: names of the phones that `asr align` found in the rows; empty where it was not run.
 
     Raises:
         ConfigError: the folder is missing, unfinished or of another version.
     """
 
     def __init__(self, folder: str | Path) -> None:
+        if "://" in str(folder):
+            raise ConfigError(f"{folder}: training maps its data from a disk; copy the folder to one, and name that")
         self.folder = Path(folder)
         try:
             self.info = json.loads((self.folder / "dataset.json").read_text(encoding="utf-8"))
@@ -99,6 +113,13 @@ class ShardDataset:
         self.ids: list[str] = self._table["id"].to_pylist()
         self.speakers: list[str] = self._table["speaker"].to_pylist()
         self.sources: list[str] = self._table["source"].to_pylist()
+        self.aligned_phones: tuple[str, ...] = ()
+        if (self.folder / ALIGNMENT_FILE).is_file():
+            with np.load(self.folder / ALIGNMENT_FILE) as kept:
+                self.aligned_phones = tuple(kept["phones"].tolist())
+                self._labels, self._label_ends = kept["labels"], kept["ends"]
+            if len(self._label_ends) != len(self.texts):
+                raise ConfigError(f"{self.folder / ALIGNMENT_FILE}: of other data; run `asr align {self.folder}` again")
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -112,6 +133,13 @@ class ShardDataset:
     def audio(self, row: int) -> np.ndarray:
         """Samples of one utterance: (n_samples,) int16, a view of the mapped file."""
         return np.frombuffer(self._table["audio"][row].as_buffer(), dtype="<i2")
+
+    def alignment(self, row: int) -> np.ndarray:
+        """The phone state in each 10 ms of one utterance: (frames,) uint8, STATES to a phone; empty where unknown."""
+        if not self.aligned_phones:
+            return np.zeros(0, np.uint8)
+        start = self._label_ends[row - 1] if row else 0
+        return self._labels[start : self._label_ends[row]]
 
     def features(self, row: int) -> np.ndarray | None:
         """Stored features of one utterance: (n_frames, n_mels) float16, or None where there are none."""

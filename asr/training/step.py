@@ -1,4 +1,4 @@
-"""The training step: augmented features through the network, CTC on tokens and on phones."""
+"""The training step: augmented features through the network, CTC on tokens and phones, phone states frame by frame."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from asr.models import Network
-from asr.training.data import Batch
+from asr.training.data import UNKNOWN, Batch
 
 
 class Losses(nn.Module):
@@ -18,13 +18,14 @@ class Losses(nn.Module):
 
     Args:
         phone_weight: of the phone CTC beside the tokens' one.
+        alignment_weight: of the cross-entropy on aligned phone states, a mean over frames.
         precision: "fp32" or "bf16" (autocast; the losses are always float32).
     """
 
-    def __init__(self, network: Network, phone_weight: float, precision: str) -> None:
+    def __init__(self, network: Network, phone_weight: float, alignment_weight: float, precision: str) -> None:
         super().__init__()
         self.network = network
-        self.phone_weight, self.precision = phone_weight, precision
+        self.phone_weight, self.alignment_weight, self.precision = phone_weight, alignment_weight, precision
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss to minimise, and the token loss alone (detached)."""
@@ -34,12 +35,16 @@ class Losses(nn.Module):
             hidden = batch.hidden_frames[:, : features.shape[1], None] | batch.hidden_bands[:, None, :]
             features = features.masked_fill(hidden, 0.0)  # 0 is the mean
         with torch.autocast(features.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            log_probs, frames, phones = network.read_features(features, frames)
+            log_probs, frames, auxiliary = network.read_features(features, frames)
         loss = ctc(log_probs, frames, batch.tokens, batch.token_lengths, batch.counts) / max(batch.token_count, 1)
         total = loss
-        if phones is not None and self.phone_weight:
-            phone_loss = ctc(phones, frames, batch.phones, batch.phone_lengths, batch.phone_lengths > 0)
-            total = loss + self.phone_weight * phone_loss / max(batch.phone_count, 1)
+        if "phones" in auxiliary and self.phone_weight:
+            phone_loss = ctc(auxiliary["phones"], frames, batch.phones, batch.phone_lengths, batch.phone_lengths > 0)
+            total = total + self.phone_weight * phone_loss / max(batch.phone_count, 1)
+        if "states" in auxiliary and self.alignment_weight:
+            states = auxiliary["states"].float().transpose(1, 2)
+            state_loss = F.nll_loss(states, batch.states[:, : states.shape[2]], ignore_index=UNKNOWN, reduction="sum")
+            total = total + self.alignment_weight * state_loss / max(batch.state_count, 1)
         return total, loss.detach()
 
 

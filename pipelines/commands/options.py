@@ -2,12 +2,13 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from asr.errors import AsrError, Problem
+from asr.errors import AsrError, ConfigError, Problem
 
 app = typer.Typer(
     help="Speech recognition on LSTMs: whole files, and live audio with text as it is spoken.",
@@ -54,6 +55,16 @@ LmWeightOption = Annotated[
 WordScoreOption = Annotated[
     float | None, typer.Option(help="Added for each word; more of it, more words.", rich_help_panel=BEAM)
 ]
+RulesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rule",
+        metavar="KEY=VALUE",
+        help="When a segment ends, repeatable: trailing_silence, leading_silence, max_segment (seconds), vad (energy "
+        "or silero, extra \\[vad]), blanks (true or false); docs/live.md shows what each does.",
+        rich_help_panel=HOW,
+    ),
+]
 EngineOption = Annotated[Engine, typer.Option(help="ONNX Runtime, or PyTorch (extra \\[train]).", rich_help_panel=HOW)]
 PrecisionOption = Annotated[
     Precision | None,
@@ -69,6 +80,7 @@ def recognizer_options(
     engine: Engine,
     precision: Precision | None,
     threads: int,
+    rules: Sequence[str] | None = None,
     **search: float | None,
 ) -> Any:
     given = {name: value for name, value in search.items() if value is not None}
@@ -78,8 +90,36 @@ def recognizer_options(
     from pipelines.transcribe import RecognizerOptions
 
     return RecognizerOptions(
-        model=model, engine=engine, precision=precision, threads=threads, decoding=decoding, search=given
+        model=model,
+        engine=engine,
+        precision=precision,
+        threads=threads,
+        decoding=decoding,
+        search=given,
+        rules=endpoint_config(rules or ()),
     )
+
+
+def endpoint_config(rules: Sequence[str]) -> Any:
+    """The EndpointConfig of rules written as KEY=VALUE.
+
+    Raises:
+        ConfigError: no such rule, or a value that it cannot have.
+    """
+    from asr.endpoint import EndpointConfig
+
+    kinds = {field.name: type(field.default) for field in fields(EndpointConfig)}
+    given: dict[str, Any] = {}
+    for rule in rules:
+        key, _, value = rule.partition("=")
+        if key not in kinds:
+            raise ConfigError(f"--rule {rule}: there is no rule {key!r}; there are {', '.join(kinds)}")
+        try:
+            given[key] = {"true": True, "false": False}[value] if kinds[key] is bool else kinds[key](value)
+        except (KeyError, ValueError):
+            wanted = "true or false" if kinds[key] is bool else "a number of seconds"
+            raise ConfigError(f"--rule {rule}: {key} must be {wanted}") from None
+    return EndpointConfig(**given)
 
 
 def network_name(streaming: bool) -> str:

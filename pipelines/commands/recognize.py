@@ -1,6 +1,7 @@
 """The commands that recognize: transcribe, stream, evaluate, bench."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from pipelines.commands.options import (
     BEAM,
     MANIFESTS,
     RECOGNIZE,
+    AddressOption,
     BeamOption,
     DecodingOption,
     EngineOption,
@@ -18,6 +20,7 @@ from pipelines.commands.options import (
     LmWeightOption,
     ModelOption,
     PrecisionOption,
+    RulesOption,
     StreamingOption,
     ThreadsOption,
     WordScoreOption,
@@ -32,13 +35,16 @@ from pipelines.commands.options import (
 
 @app.command(rich_help_panel=RECOGNIZE)
 def transcribe(
-    audio: Annotated[list[Path], typer.Argument(help="Recordings, and folders that are searched for them.")],
+    audio: Annotated[
+        list[Path], typer.Argument(help="Recordings, folders that are searched for them, and manifests (x.jsonl ...).")
+    ],
     format: Annotated[Format, typer.Option("--format", "-f", help="What to write.")] = "txt",
     output_dir: Annotated[
         Path | None, typer.Option("--output-dir", "-o", help="Write a file for each recording there.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Do again what --output-dir holds already.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Recordings at a time; above 1 over Ray (extra \\[train]).")] = 1,
+    address: AddressOption = None,
     model: ModelOption = None,
     streaming: StreamingOption = False,
     decoding: DecodingOption = "greedy",
@@ -49,6 +55,7 @@ def transcribe(
         int | None,
         typer.Option(min=1, help="With --format json: so many alternatives of each segment.", rich_help_panel=BEAM),
     ] = None,
+    rule: RulesOption = None,
     engine: EngineOption = "onnx",
     precision: PrecisionOption = None,
     threads: ThreadsOption = 1,
@@ -60,17 +67,20 @@ def transcribe(
     a line, with a "path").
 
     With --output-dir each gets a file of its name; sub-folders are kept. Run
-    again, it goes on where it stopped. What cannot be read is named on stderr,
-    and the rest goes on.
+    again, it goes on where it stopped. What cannot be read is named on stderr
+    and in skipped.jsonl, and the rest goes on.
+
+    The rows of a manifest become JSON Lines in its order, x.jsonl to
+    x.pred.jsonl: what the row holds, and its text as "pred_text".
 
     json has the shape of openai/whisper's result, srt and vtt are subtitles, ctm
     is NIST's list of words with their times.
     """
     search = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score, "nbest": nbest}
-    options = recognizer_options(model, decoding, engine, precision, threads, **search)
+    options = recognizer_options(model, decoding, engine, precision, threads, rule, **search)
     if nbest is not None and format != "json":
         raise typer.BadParameter("--nbest: alternatives are written with --format json")
-    from pipelines.formats import JOINABLE
+    from pipelines.formats import JOINABLE, write_text
     from pipelines.transcribe import transcribe as run
 
     if output_dir is None and format not in JOINABLE and (len(audio) > 1 or audio[0].is_dir()):
@@ -83,6 +93,7 @@ def transcribe(
         output_dir=output_dir,
         overwrite=overwrite,
         workers=workers,
+        address=address,
     )
     problems: list[Problem] = []
     done = kept = 0
@@ -96,6 +107,11 @@ def transcribe(
             done += 1
             if output_dir is None:
                 print(result.text, end="", flush=True)
+    if output_dir is not None and problems:
+        lines = [json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems]
+        write_text(output_dir / "skipped.jsonl", "".join(lines))
+    elif output_dir is not None:
+        (output_dir / "skipped.jsonl").unlink(missing_ok=True)
     if output_dir is not None or done + len(problems) > 1:
         kept_too = f", {kept} there already (--overwrite does them again)" if kept else ""
         tell(f"{done} transcribed{kept_too}, {len(problems)} failed")
@@ -112,11 +128,15 @@ def stream(
         str | None, typer.Option("--device", "-d", help="Microphone: its number, or part of its name.")
     ] = None,
     list_devices: Annotated[bool, typer.Option("--list-devices", help="Show the microphones and exit.")] = False,
+    two_pass: Annotated[
+        bool, typer.Option("--two-pass", help="Read finished segments again with the offline network.")
+    ] = False,
     model: ModelOption = None,
     decoding: DecodingOption = "greedy",
     beam: BeamOption = None,
     lm_weight: LmWeightOption = None,
     word_score: WordScoreOption = None,
+    rule: RulesOption = None,
     engine: EngineOption = "onnx",
     precision: PrecisionOption = None,
     threads: ThreadsOption = 1,
@@ -138,14 +158,14 @@ def stream(
     if audio is not None and device is not None:
         raise typer.BadParameter("--device is for the microphone; leave out the recording")
     search = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score}
-    options = recognizer_options(model, decoding, engine, precision, threads, **search)
+    options = recognizer_options(model, decoding, engine, precision, threads, rule, **search)
     if audio is not None:
         source = FileSource(audio, realtime=realtime)
     else:
         source = MicrophoneSource(int(device) if device is not None and device.isdecimal() else device)
         tell(f"opening the microphone at {source.sample_rate} Hz; Ctrl-C ends")
     with terminal() as screen:
-        _, timing, interrupted = run(source, options, screen)
+        _, timing, interrupted = run(source, options, screen, two_pass=two_pass)
     tell(str(timing))
     if interrupted and audio is not None:
         raise typer.Exit(130)
@@ -161,12 +181,22 @@ def evaluate(
     endpoint: Annotated[
         bool, typer.Option("--endpoint", help="Cut rows where an utterance ends, as transcribe does.")
     ] = False,
+    two_pass: Annotated[
+        bool, typer.Option("--two-pass", help="--streaming --endpoint, and finished segments are read again offline.")
+    ] = False,
+    join: Annotated[
+        float | None,
+        typer.Option(
+            min=1, metavar="SECONDS", help="Join the rows of each speaker to so much audio, with pauses between them."
+        ),
+    ] = None,
     model: ModelOption = None,
     streaming: StreamingOption = False,
     decoding: DecodingOption = "greedy",
     beam: BeamOption = None,
     lm_weight: LmWeightOption = None,
     word_score: WordScoreOption = None,
+    rule: RulesOption = None,
     engine: EngineOption = "onnx",
     precision: PrecisionOption = None,
     threads: ThreadsOption = 1,
@@ -177,21 +207,24 @@ def evaluate(
     scored whole unless --endpoint; --streaming feeds it in blocks, as live audio
     comes. Rows that cannot be read are named, and their words count as deletions.
     The real-time factor is the time from file to text, loading the model aside.
+    Of live text it is also told how many of the partial words were changed later.
     """
     search = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score}
-    options = recognizer_options(model, decoding, engine, precision, threads, **search)
+    options = recognizer_options(model, decoding, engine, precision, threads, rule, **search)
     from pipelines.evaluate import evaluate as run
     from pipelines.evaluate import report, table
     from pipelines.formats import write_text
 
-    def told(row: Any, hypothesis: str) -> None:
-        print(f"{row.id}\n  reference:  {row.text}\n  hypothesis: {hypothesis}")
+    def told(outcome: Any) -> None:
+        print(f"{outcome.row.id}\n  reference:  {outcome.reference}\n  hypothesis: {outcome.hypothesis}")
 
     scores, problems = run(
         manifests,
         options,
-        network=network_name(streaming),
-        endpoint=endpoint,
+        network=network_name(streaming or two_pass),
+        endpoint=endpoint or two_pass,
+        two_pass=two_pass,
+        join_seconds=join,
         on_utterance=told if show else None,
     )
     for problem in problems:
@@ -209,17 +242,39 @@ def bench(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to a file as well.")
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SECTION",
+            help="Repeatable: machine, features, exactness, stream, streams, batch, search, training, server.",
+        ),
+    ] = None,
+    server: Annotated[bool, typer.Option("--server", help="Also live sessions over `asr serve`.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; figures are their medians.")] = 5,
+    seconds: Annotated[float, typer.Option(min=1, help="To keep up many live streams, at each number tried.")] = 60,
     model: ModelOption = None,
-    threads: ThreadsOption = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Cores where more than one is used; without it, all.")
+    ] = None,
 ) -> None:
     """Measure what recognition and training cost on this machine (extra \\[train]).
 
-    Features against torchaudio's, a live stream against stepping PyTorch and the
-    bare graph, whole files against PyTorch, training against packed sequences:
-    each group interleaved in one run. Also the largest difference between
-    reading in blocks and whole.
+    Features, one live stream, many live streams, files in batches, beam search
+    and training, each beside other libraries or plain PyTorch, interleaved in one
+    run, and beside what this machine's memory and arithmetic allow.
     """
-    from pipelines.bench import run_bench
+    import os
 
-    run_bench(audio, model=model, rounds=rounds, threads=threads, json_file=json_file)
+    from pipelines.bench import USUAL, run_bench
+    from pipelines.bench.setting import Setting
+
+    setting = Setting(
+        audio=tuple(audio),
+        model=model,
+        rounds=rounds,
+        threads=threads or os.cpu_count() or 1,
+        seconds=seconds,
+        tell=tell,
+    )
+    sections = tuple(only or USUAL) + (("server",) if server else ())
+    run_bench(setting, sections, json_file)

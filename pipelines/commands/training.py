@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich.status import Status
 
 from pipelines.commands.options import (
     MANIFESTS,
@@ -17,8 +18,8 @@ from pipelines.commands.options import (
 
 @app.command(rich_help_panel=TRAIN)
 def prepare(
-    manifests: Annotated[list[Path], typer.Argument(metavar="MANIFEST", help=MANIFESTS)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    manifests: Annotated[list[str], typer.Argument(metavar="MANIFEST", help=f"{MANIFESTS} Or its URL (s3://...).")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder to write, or its URL.")],
     workers: Annotated[int, typer.Option(min=0, help="Ray tasks at a time; 0 works in this process.")] = 1,
     store: Annotated[
         Literal["audio", "features"], typer.Option(help="Keep audio (for augmentation) or ready features.")
@@ -27,13 +28,16 @@ def prepare(
         Literal["cmudict", "none"],
         typer.Option(help="Add the phones of English words: they help learning."),
     ] = "none",
+    max_errors: Annotated[
+        int | None, typer.Option(min=0, help="Stop when more rows than that cannot be used; without it, never.")
+    ] = None,
     address: AddressOption = None,
 ) -> None:
     """Check and decode recordings once, for training (Ray Data; extra \\[train]).
 
-    Writes shards of 16 kHz audio with text, and the feature statistics. Rows that
-    cannot be used are named, and listed in skipped.jsonl. Run again, it goes on
-    where it stopped.
+    Writes shards of 16 kHz audio with text, the feature statistics, and
+    report.html: what is in the data, with plots. Rows that cannot be used are
+    named, and listed in skipped.jsonl. Run again, it goes on where it stopped.
     """
     from pipelines.prepare import prepare as run
 
@@ -43,6 +47,7 @@ def prepare(
         workers=workers,
         store=store,
         lexicon=None if lexicon == "none" else lexicon,
+        max_errors=max_errors,
         address=address,
     )
     for problem in summary.skipped:
@@ -53,6 +58,23 @@ def prepare(
         f"{summary.shards} shards{reused}, {len(summary.skipped)} rows skipped"
     )
     end(summary.skipped)
+
+
+@app.command(rich_help_panel=TRAIN)
+def align(
+    data: Annotated[list[Path], typer.Argument(metavar="PREPARED", help="Folders that `asr prepare` wrote.")],
+) -> None:
+    """Find where each phone lies in prepared English speech, for training.alignment_weight (extra \\[train]).
+
+    A monophone GMM-HMM, trained from a flat start on the data itself. Networks
+    that are taught every frame's phone beside CTC learn several times faster.
+    """
+    from asr.training.align import align as run
+
+    for folder in data:
+        with Status(f"{folder}") as status:
+            found = run(folder, lambda line, status=status, folder=folder: status.update(f"{folder}: {line}"))
+        print(f"{folder}: {found:.1%} of the utterances aligned")
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -67,7 +89,14 @@ def train(
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value of the config; repeatable."),
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Ray Train workers; 0 trains in this process.")] = 1,
+    min_workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Go on with as few where nodes are lost, until they are back."),
+    ] = None,
     address: AddressOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tell steps, memory, time and the first batches; write nothing.")
+    ] = False,
 ) -> None:
     """Train a network on prepared data (Ray Train; extra \\[train]). Run again, it resumes.
 
@@ -75,11 +104,16 @@ def train(
     --model. --set data.train='["prepared/mine"]' overrides one value of the config.
     """
     from asr.config import load_config
+
+    chosen, folder = load_config(config, set_values or []), out or Path("runs") / config.stem
+    if dry_run:
+        from asr.training.dry_run import dry_run as estimate
+
+        print(estimate(chosen, folder))
+        return
     from pipelines.train import train as run
 
-    made = run(
-        load_config(config, set_values or []), out or Path("runs") / config.stem, workers=workers, address=address
-    )
+    made = run(chosen, folder, workers=workers, min_workers=min_workers, address=address)
     print(f"{made}: try it with  asr transcribe --model {made} AUDIO")
 
 
@@ -131,16 +165,25 @@ def export(
         typer.Argument(metavar="RUN|MODEL", help="Runs or models; without any, the model that comes along."),
     ] = None,
     to: Annotated[
-        Literal["model", "onnx", "onnx-int8"],
-        typer.Option(help="A whole model folder, or only the graphs."),
+        Literal["model", "onnx", "onnx-int8", "sherpa"],
+        typer.Option(help="A whole model folder, only the graphs, or graphs that the package sherpa-onnx runs."),
     ] = "model",
     small: Annotated[
         bool, typer.Option("--small", help="A model in a quarter of the size: float16 weights, int8 graphs alone.")
     ] = False,
+    speech: Annotated[
+        list[Path] | None,
+        typer.Option(help="A recording to check the graphs on; repeatable. Without it, a sentence that comes along."),
+    ] = None,
 ) -> None:
-    """Join runs (an offline one, a streaming one) into one model folder, or write their ONNX graphs."""
+    """Join runs (an offline one, a streaming one) into one model folder, or write their ONNX graphs.
+
+    Every graph is compared with PyTorch on speech before it is written.
+    """
+    from asr.audio import read_audio
     from asr.runtime.export import export_model
     from asr.runtime.folder import shipped_model
 
-    export_model(sources or [shipped_model()], out, to, small=small)
+    recordings = [read_audio(path) for path in speech or ()]
+    export_model(sources or [shipped_model()], out, to, small=small, speech=recordings or None)
     print(f"{out}: written")

@@ -1,0 +1,169 @@
+"""One network of a model with its vocabulary, and what it says of audio: segments, transcripts."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from asr.audio import EDGE_SILENCE_SECONDS, SAMPLE_RATE
+from asr.decoding import Decoder, Hypothesis, TokenSpan, Word, words_from_tokens
+from asr.decoding.calibration import Calibration
+from asr.decoding.greedy import GreedyDecoder
+from asr.errors import ModelError
+from asr.runtime import OfflineEngine, StreamingEngine
+from asr.text import Tokenizer
+
+BATCH_ROWS = 16
+_BATCH_SAMPLES = 120 * SAMPLE_RATE  # of a batch, padding included
+_EDGE = np.zeros(round(EDGE_SILENCE_SECONDS * SAMPLE_RATE), np.float32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alternative:
+    """What a segment may also say; scores (natural log) compare within one segment."""
+
+    text: str
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """A stretch of a recording with words in it; `start` and `end` in seconds.
+
+    `alternatives` are the N best texts where more than one was asked for, this one first.
+    """
+
+    text: str
+    start: float
+    end: float
+    words: tuple[Word, ...]
+    alternatives: tuple[Alternative, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Transcript:
+    """A recording's text; `duration` in seconds. Silence has an empty text and no segments."""
+
+    text: str
+    words: tuple[Word, ...]
+    segments: tuple[Segment, ...]
+    duration: float
+
+
+class Network:
+    """One network of a model with its vocabulary.
+
+    Args:
+        tokenizer: the vocabulary.
+        open_engine: called at first use.
+        open_search: called at first use: gives what makes a decoder for each segment.
+        where: the network's folder, for messages.
+        weights: the file that the engine reads; it tells one network from another in saved sessions.
+        calibration: of the words' times and confidences.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        open_engine: Callable[[], OfflineEngine | StreamingEngine],
+        *,
+        open_search: Callable[[], Callable[[], Decoder]] = lambda: GreedyDecoder,
+        where: str = "network",
+        weights: Path | None = None,
+        calibration: Calibration = Calibration(),  # noqa: B008 (frozen)
+    ) -> None:
+        self.tokens, self._calibration = tokenizer.tokens, calibration
+        self._open_engine, self._open_search, self._where, self._weights = open_engine, open_search, where, weights
+
+    @cached_property
+    def engine(self) -> Any:
+        """The OfflineEngine or StreamingEngine.
+
+        Raises:
+            ModelError: it cannot be opened, or does not fit the vocabulary.
+        """
+        engine = self._open_engine()
+        if engine.vocab_size != len(self.tokens):
+            raise ModelError(
+                f"{self._where}: tokens.txt has {len(self.tokens)} tokens, the network {engine.vocab_size}; "
+                "the model is damaged"
+            )
+        return engine
+
+    @cached_property
+    def identity(self) -> str:
+        """A name that no other network has."""
+        digest = hashlib.sha256("\n".join(self.tokens).encode())
+        if self._weights is not None:
+            digest.update(self._weights.read_bytes())
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def visible(self) -> np.ndarray:
+        """Which tokens can be seen, bool (vocabulary,): neither the blank nor spaces."""
+        return np.array([index > 0 and not token.isspace() for index, token in enumerate(self.tokens)])
+
+    @cached_property
+    def decoder(self) -> Callable[[], Decoder]:
+        """Makes a decoder for one segment.
+
+        Raises:
+            ModelError: the language model cannot be read.
+        """
+        return self._open_search()
+
+    def read(self, audios: Sequence[np.ndarray]) -> list[list[Hypothesis]]:
+        """What each utterance, float32 (n,) at 16 kHz, may say to an offline network; those of like length are read
+        together."""
+        order = sorted(range(len(audios)), key=lambda i: len(audios[i]))
+        hypotheses: list[list[Hypothesis]] = [[] for _ in audios]
+        while order:
+            longest = len(audios[order[-1]]) + 2 * len(_EDGE)
+            rows = max(1, min(BATCH_ROWS, _BATCH_SAMPLES // longest))
+            chosen, order = order[-rows:], order[:-rows]
+            padded = [np.concatenate([_EDGE, audios[i], _EDGE]) for i in chosen]
+            for i, log_probs in zip(chosen, self.engine.log_probs(padded), strict=True):
+                decoder = self.decoder()
+                decoder.accept(log_probs)
+                hypotheses[i] = decoder.finish()
+        return hypotheses
+
+    def text(self, spans: Iterable[TokenSpan]) -> str:
+        """The text of tokens."""
+        return " ".join("".join([self.tokens[span.token] for span in spans]).split())
+
+    def segment(
+        self, hypotheses: Sequence[Hypothesis], start: float, end: float, edge: float = EDGE_SILENCE_SECONDS
+    ) -> Segment | None:
+        """The segment [start, end), in seconds, that says the first of these; None where that is nothing.
+
+        The frames of the hypotheses begin `edge` seconds before `start`.
+        """
+        frame = self.engine.samples_per_frame / SAMPLE_RATE
+        words = words_from_tokens(hypotheses[0].tokens, self.tokens, start=start, end=end, frame=frame, edge=edge)
+        if not words:
+            return None
+        words = self._calibration.apply(words, start, end)
+        texts = [Alternative(text=self.text(h.tokens), score=h.score) for h in hypotheses]
+        return Segment(
+            text=" ".join(word.text for word in words),
+            start=start,
+            end=end,
+            words=tuple(words),
+            alternatives=tuple(texts) if len(texts) > 1 else (),
+        )
+
+
+def transcript_of(segments: Iterable[Segment | None], duration: float) -> Transcript:
+    """The transcript of `duration` seconds in which these segments, None where nothing was said, follow each other."""
+    written = tuple(segment for segment in segments if segment is not None)
+    return Transcript(
+        text=" ".join(segment.text for segment in written),
+        words=tuple(word for segment in written for word in segment.words),
+        segments=written,
+        duration=duration,
+    )

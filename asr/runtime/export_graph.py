@@ -1,0 +1,366 @@
+"""The graph of a network, built node by node: samples go in, log-probabilities come out, the state stays outside.
+
+It holds what inference needs and no more: features as a matrix product, batch normalisation folded into the
+convolutions, one LSTM operator a layer (of the other cells, ONNX's operator where it has one, else a Scan with the
+cell's equations).
+"""
+
+import json
+import math
+import wave
+from functools import singledispatchmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from asr.errors import ModelError
+from asr.features import FLOOR, LogMel
+from asr.models import FORMAT_VERSION, Network, Output
+from asr.nn import LSTM, BiLSTM, LookAhead, Normalise, StreamingLayer, StridedConvolution
+from asr.nn.attention import SelfAttention
+from asr.nn.stack import Bidirectional, Recurrent, Stacked
+from asr.runtime.export_cells import run_cell
+
+_OPSET = 20
+_INT_MAX = np.iinfo(np.int64).max
+# Standard deviations to which normalised values reach, but for one in some ten thousand: after a convolution and ReLU,
+# and after layer normalisation, each counted for the channel with the largest weight.
+_RELU_DEVIATIONS, _DEVIATIONS = 5.0, 3.0
+_SPEECH = Path(__file__).with_name("check.wav")  # a sentence, by espeak-ng: installations carry no recordings
+
+
+class GraphBuilder:
+    """Collects the nodes of one graph. Inside the recurrent part time comes first: (time, batch, size).
+
+    What asr.runtime.sherpa makes otherwise it overrides: how samples come in, where states are kept, what goes out.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.streaming = not network.config.model.bidirectional
+        self.nodes: list[onnx.NodeProto] = []
+        self.named = 0  # nodes so far, those inside a Scan among them
+        self.constants: list[TensorProto] = []
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
+        self.state_shapes: list[list[int]] = []
+        self.ranges: dict[str, tuple[float, float]] = {}  # of normalised tensors: where nearly all values lie
+        self.lengths = ""  # int32 (batch,): each row's frames, in whole utterances
+        self.row_frames = ""  # int32 (batch,): each row's frames of a step, where they differ
+        self.flush = ""  # 1 where a stream is over and its look-ahead is read out
+
+    def build(self) -> onnx.ModelProto:
+        """The graph: inputs, outputs and metadata as asr.runtime describes them."""
+        self.inputs.append(helper.make_tensor_value_info("audio", TensorProto.FLOAT, ["batch", "samples"]))
+        tokens = len(self.network.tokenizer)
+        outputs = [helper.make_tensor_value_info("log_probs", TensorProto.FLOAT, ["batch", "frames_out", tokens])]
+        if self.streaming:
+            self.inputs.append(helper.make_tensor_value_info("flush", TensorProto.FLOAT, [1]))
+            self.flush = "flush"
+            x = "audio"
+        else:
+            self.inputs.append(helper.make_tensor_value_info("lengths", TensorProto.INT64, ["batch"]))
+            outputs.append(helper.make_tensor_value_info("frames", TensorProto.INT64, ["batch"]))
+            stride = self.constant(np.array(self.network.stride, np.int64))
+            self.lengths = self.op("Cast", self.op("Div", "lengths", stride, name="frames"), to=TensorProto.INT32)
+            x = self.whole_frames("audio")
+        self.add_layers(x, name="log_probs")
+        if self.state_shapes:
+            self.pack_states(self.state_shapes)
+            self.state_shapes = [[sum(map(math.prod, self.state_shapes))]]
+        return self.model(self.inputs, outputs + self.outputs, {"precision": "fp32"})
+
+    def whole_frames(self, audio: str) -> str:
+        """Samples (batch, time) as far as whole output frames go."""
+        stride = self.ints([self.network.stride])
+        whole = self.op("Mul", self.op("Div", self.op("Shape", audio, start=1, end=2), stride), stride)
+        return self.op("Slice", audio, self.ints([0]), whole, self.ints([1]))
+
+    def add_layers(self, x: str, name: str | None = None) -> str:
+        """Samples (batch, time) -> log-probabilities (batch, frames, tokens), with all layers between."""
+        for i, layer in enumerate(self.network._each()):
+            if i == self.network.first_recurrent:
+                x = self.op("Transpose", x, perm=[1, 0, 2])
+            x = self.add(layer, x)
+        return self.op("Transpose", x, perm=[1, 0, 2], name=name)
+
+    def model(
+        self, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto], metadata: dict[str, str]
+    ) -> onnx.ModelProto:
+        """The graph of all nodes so far; `metadata` joins what every graph says of its network."""
+        network = self.network
+        graph = helper.make_graph(self.nodes, "network", inputs, outputs, self.constants)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], producer_name="streaming-asr")
+        model.ir_version = 10
+        lstms = {node.name: node.input[0] for node in self.nodes if node.op_type == "LSTM"}
+        properties = {
+            "format_version": str(FORMAT_VERSION),
+            "kind": network.config.model.kind,
+            "sample_rate": str(network.config.features.sample_rate),
+            "samples_per_frame": str(network.stride),
+            "latency_frames": str(network.latency),
+            "vocab_size": str(len(network.tokenizer)),
+            "state_shapes": json.dumps(self.state_shapes),
+            "lstm_input_ranges": json.dumps({n: self.ranges[x] for n, x in lstms.items() if x in self.ranges}),
+        }
+        helper.set_model_props(model, properties | metadata)
+        onnx.checker.check_model(model)
+        return model
+
+    def op(self, kind: str, *inputs: str, name: str | None = None, outputs: int = 1, **attributes: Any) -> str:
+        """Add a node; gives the name of its first output."""
+        first = name or f"{kind.lower()}_{self.named}"
+        self.named += 1
+        names = [first, *(f"{first}_{i}" for i in range(1, outputs))]
+        self.nodes.append(helper.make_node(kind, list(inputs), names, name=first, **attributes))
+        if kind in ("Transpose", "Squeeze") and inputs[0] in self.ranges:
+            self.ranges[first] = self.ranges[inputs[0]]
+        return first
+
+    def constant(self, value: np.ndarray | Tensor) -> str:
+        """Add a constant; gives its name."""
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+        name = f"constant_{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        return name
+
+    def ints(self, values: list[int]) -> str:
+        return self.constant(np.array(values, np.int64))
+
+    def cut(self, x: str, axis: int, start: int, end: int = _INT_MAX) -> str:
+        """x[start:end] along an axis."""
+        return self.op("Slice", x, self.ints([start]), self.ints([end]), self.ints([axis]))
+
+    def state(self, shape: list[int]) -> tuple[str, str]:
+        """Add a state of a shape (without the batch); gives the names of what comes in and what goes out."""
+        number = len(self.state_shapes)
+        self.state_shapes.append(shape)
+        return f"old_{number}", f"new_{number}"
+
+    def pack_states(self, shapes: list[list[int]]) -> None:
+        """All states travel as one, state_0 (batch, size): a call costs less; streams are joined and parted by row."""
+        sizes = [math.prod(shape) for shape in shapes]
+        names = [f"old_{i}" if len(shape) == 1 else f"flat_{i}" for i, shape in enumerate(shapes)]
+        split = helper.make_node("Split", ["state_0", self.ints(sizes)], names, name="split_states", axis=1)
+        nodes, flat = [split], []
+        for i, shape in enumerate(shapes):
+            if len(shape) > 1:
+                whole = self.ints([0, *shape])
+                nodes.append(helper.make_node("Reshape", [names[i], whole], [f"old_{i}"], name=f"old_{i}"))
+            flat.append(f"new_{i}" if len(shape) == 1 else self.op("Flatten", f"new_{i}", axis=1))
+        self.nodes[:0] = nodes
+        self.op("Concat", *flat, axis=1, name="new_state_0")
+        value = helper.make_tensor_value_info
+        self.inputs.append(value("state_0", TensorProto.FLOAT, ["batch", sum(sizes)]))
+        self.outputs.append(value("new_state_0", TensorProto.FLOAT, ["batch", sum(sizes)]))
+
+    def with_history(self, x: str, size: int, shape: list[int]) -> str:
+        """Put the `size` frames before x in front of it, axis 1: zeros, or what the state holds."""
+        if not size:
+            return x
+        if self.streaming:
+            old, new = self.state([size, *shape])
+            joined = self.op("Concat", old, x, axis=1)
+            self.keep_last(joined, size, new)
+            return joined
+        rank = 2 + len(shape)
+        before = [0, size, *[0] * (rank - 2)]
+        return self.op("Pad", x, self.ints(before + [0] * rank))
+
+    def keep_last(self, x: str, size: int, new: str) -> None:
+        """The last `size` frames of x, axis 1, become the new state `new`."""
+        self.op("Slice", x, self.ints([-size]), self.ints([_INT_MAX]), self.ints([1]), name=new)
+
+    @singledispatchmethod
+    def add(self, layer: StreamingLayer, x: str) -> str:
+        """Add a layer's nodes; gives the name of its output."""
+        raise ModelError(f"a layer of kind {type(layer).__name__} cannot be exported")
+
+    def windows(self, x: str, window: int, hop: int, shape: list[int]) -> str:
+        """(batch, time, *shape) -> (batch, time // hop, window * size): what each frame of the output sees."""
+        size, hops, rank = math.prod(shape), -(-window // hop), 2 + len(shape)
+        x = self.with_history(x, window - hop, shape)
+        if hops * hop > window:
+            x = self.op("Pad", x, self.ints([0] * rank + [0, hops * hop - window] + [0] * (rank - 2)))
+        x = self.op("Reshape", x, self.ints([0, -1, hop * size]))
+        parts = [self.cut(x, 1, i, i + 1 - hops if i + 1 < hops else _INT_MAX) for i in range(hops)]
+        parts[-1] = self.cut(parts[-1], 2, 0, (window - (hops - 1) * hop) * size)
+        return self.op("Concat", *parts, axis=2)
+
+    @add.register
+    def _(self, layer: LogMel, x: str) -> str:
+        x = self.windows(x, layer.window, layer.stride, [])
+        used = layer.filters.any(dim=1)
+        real, imaginary = (part[:, used] for part in layer.dft_matrix().chunk(2, dim=1))
+        if layer.window % 2 == 0:
+            # The taper and the cosines are even about the middle of the window, the sines odd: half the products do.
+            half = layer.window // 2
+            ahead = self.cut(x, 2, 1, half + 1)
+            back = self.op("Slice", x, self.ints([-1]), self.ints([half - 1]), self.ints([2]), self.ints([-1]))
+            even, odd = self.op("Add", ahead, back), self.op("Sub", ahead, back)
+            real, imaginary = real[1 : half + 1].clone(), imaginary[1 : half + 1]
+            real[-1] /= 2  # the middle met itself
+        else:
+            even = odd = x
+        parts = [(even, real), (odd, imaginary)]
+        parts = [self.op("MatMul", samples, self.constant(matrix.float())) for samples, matrix in parts]
+        power = self.op("Add", *(self.op("Mul", part, part) for part in parts))
+        x = self.op("MatMul", power, self.constant(layer.filters[used]))
+        return self.op("Log", self.op("Add", x, self.constant(np.array(FLOOR, np.float32))))
+
+    @add.register
+    def _(self, layer: Normalise, x: str) -> str:
+        return self.op("Mul", self.op("Sub", x, self.constant(layer.mean)), self.constant(layer.scale))
+
+    @add.register
+    def _(self, layer: StridedConvolution, x: str) -> str:
+        norm, weight = layer.norm, layer.convolution.weight
+        scale = norm.weight * (norm.running_variance + norm.epsilon).rsqrt()
+        bias = norm.bias - norm.running_mean * scale
+        # a matrix product: on the few frames of a live block it is twice as fast as ONNX Runtime's Conv
+        matrix = (weight * scale[:, None, None]).permute(2, 1, 0).flatten(0, 1)
+        x = self.windows(x, layer.kernel, layer.stride, [weight.shape[1]])
+        y = self.op("Relu", self.op("Add", self.op("MatMul", x, self.constant(matrix)), self.constant(bias)))
+        expected = float((norm.bias + _RELU_DEVIATIONS * norm.weight.abs()).max().detach())
+        self.ranges[y] = (0.0, max(expected, self.largest(layer)))
+        return y
+
+    def largest(self, layer: StreamingLayer) -> float:
+        """The largest value that comes out of a layer while the network hears a sentence."""
+        found: list[float] = []
+        hook = layer.register_forward_hook(lambda _, inputs, output: found.append(float(output[0].max())))
+        speech = torch.from_numpy(check_speech())
+        with torch.no_grad():
+            self.network(speech[None], torch.tensor([len(speech)]))
+        hook.remove()
+        return max(found)
+
+    @add.register
+    def _(self, layer: LSTM, x: str) -> str:
+        size = layer.lstm.hidden_size
+        (old_h, new_h), (old_c, new_c) = self.state([size]), self.state([size])
+        axis = self.ints([0])
+        starts = [self.op("Unsqueeze", old, axis) for old in (old_h, old_c)]
+        y = self.op("LSTM", x, *self.lstm_weights([layer.lstm]), self.row_frames, *starts, outputs=3, hidden_size=size)
+        self.op("Squeeze", f"{y}_1", axis, name=new_h)
+        self.op("Squeeze", f"{y}_2", axis, name=new_c)
+        return self.layer_norm(layer.norm, self.op("Squeeze", y, self.ints([1])))
+
+    @add.register
+    def _(self, layer: BiLSTM, x: str) -> str:
+        size = layer.ahead.hidden_size
+        weights = self.lstm_weights([layer.ahead, layer.back])
+        y = self.op("LSTM", x, *weights, self.lengths, hidden_size=size, direction="bidirectional")
+        y = self.op("Reshape", self.op("Transpose", y, perm=[0, 2, 1, 3]), self.ints([0, 0, 2 * size]))
+        return self.layer_norm(layer.norm, y)
+
+    @add.register
+    def _(self, layer: Recurrent, x: str) -> str:
+        shapes = [s.shape[1] for s in layer.initial_state(1)]
+        if self.streaming:
+            olds, news = zip(*(self.state([size]) for size in shapes), strict=True)
+        else:
+            batch = self.op("Shape", x, start=1, end=2)
+            sizes = [self.op("Concat", batch, self.ints([size]), axis=0) for size in shapes]
+            olds, news = [self.op("ConstantOfShape", size) for size in sizes], [None] * len(shapes)  # zeros
+        y, results = run_cell(self, layer, x, olds)
+        for result, new in zip(results, news, strict=True):
+            if new:
+                self.op("Identity", result, name=new)
+        return y
+
+    @add.register
+    def _(self, layer: Bidirectional, x: str) -> str:
+        lengths = self.op("Cast", self.lengths, to=TensorProto.INT64)
+        ahead = self.add(layer.ahead, x)
+        back = self.add(layer.back, self.op("ReverseSequence", x, lengths, batch_axis=1, time_axis=0))
+        back = self.op("ReverseSequence", back, lengths, batch_axis=1, time_axis=0)
+        return self.op("Concat", ahead, back, axis=2)
+
+    @add.register
+    def _(self, layer: Stacked, x: str) -> str:
+        y = self.layer_norm(layer.norm, self.add(layer.layer, x))
+        return self.op("Add", x, y) if layer.residual else y
+
+    @add.register
+    def _(self, layer: SelfAttention, x: str) -> str:
+        qkv = self.linear(layer.qkv, self.op("Transpose", x, perm=[1, 0, 2]))
+        q = self.op("Split", qkv, outputs=3, axis=2, num_outputs=3)
+        k, v = f"{q}_1", f"{q}_2"
+        if self.streaming:
+            one = numpy_helper.from_array(np.ones(1, np.float32))
+            there = self.op("ConstantOfShape", self.op("Shape", q, start=0, end=2), value=one)
+            k, v = (self.with_history(part, layer.past, [layer.size]) for part in (k, v))
+            there = self.op("Cast", self.with_history(there, layer.past, []), to=TensorProto.BOOL)
+        zero, one = (self.constant(np.array(i, np.int32)) for i in (0, 1))
+        count = self.op("Cast", self.op("Squeeze", self.op("Shape", k, start=1, end=2)), to=TensorProto.INT32)
+        frames = self.op("Range", zero, count, one)
+        if self.streaming:
+            own = self.cut(frames, 0, layer.past)
+        else:
+            own, there = frames, self.op("Less", frames, self.op("Unsqueeze", self.lengths, self.ints([1])))
+        lag = self.op("Sub", self.op("Unsqueeze", own, self.ints([1])), frames)
+        past, ahead = (self.constant(np.array(n, np.int32)) for n in (layer.past, -layer.past if layer.both else 0))
+        near = self.op("And", self.op("LessOrEqual", lag, past), self.op("GreaterOrEqual", lag, ahead))
+        scale = self.constant(np.array(layer.size**-0.5, np.float32))
+        scores = self.op("Mul", self.op("MatMul", q, self.op("Transpose", k, perm=[0, 2, 1])), scale)
+        seen = self.op("And", near, self.op("Unsqueeze", there, self.ints([1])))
+        weights = self.op("Softmax", self.op("Where", seen, scores, self.constant(np.array(-1e9, np.float32))), axis=-1)
+        found = self.linear(layer.o, self.op("MatMul", weights, v))
+        return self.op("Add", x, self.op("Transpose", found, perm=[1, 0, 2]))
+
+    @add.register
+    def _(self, layer: LookAhead, x: str) -> str:
+        frames, size = layer.weight.shape
+        old, new = self.state([frames - 1, size])
+        if self.flush:  # at the end of a stream what lies ahead is nothing, not what the layers below make of silence
+            x = self.op("Mul", x, self.op("Sub", self.constant(np.ones(1, np.float32)), self.flush))
+        joined = self.op("Concat", old, self.op("Transpose", x, perm=[1, 0, 2]), axis=1)
+        self.keep_last(joined, frames - 1, new)
+        y = ""
+        for k in range(frames):
+            part = self.cut(joined, 1, k, k + 1 - frames if k + 1 < frames else _INT_MAX)
+            part = self.op("Mul", part, self.constant(layer.weight[k]))
+            y = self.op("Add", y, part) if y else part
+        return self.op("Transpose", y, perm=[1, 0, 2])
+
+    @add.register
+    def _(self, layer: Output, x: str) -> str:
+        return self.op("LogSoftmax", self.linear(layer.linear, x), axis=-1)
+
+    def linear(self, layer: nn.Linear, x: str) -> str:
+        y = self.op("MatMul", x, self.constant(layer.weight.T))
+        return y if layer.bias is None else self.op("Add", y, self.constant(layer.bias))
+
+    def lstm_weights(self, directions: list[nn.LSTM]) -> list[str]:
+        """W, R and B of ONNX's LSTM from torch's, whose gates come as i, f, c, o and there as i, o, f, c."""
+
+        def reordered(weight: Tensor) -> Tensor:
+            i, f, c, o = weight.chunk(4)
+            return torch.cat([i, o, f, c])
+
+        weights = [d.state_dict() for d in directions]
+        w = torch.stack([reordered(v["weight_ih_l0"]) for v in weights])
+        r = torch.stack([reordered(v["weight_hh_l0"]) for v in weights])
+        b = torch.stack([torch.cat([reordered(v["bias_ih_l0"]), reordered(v["bias_hh_l0"])]) for v in weights])
+        return [self.constant(w), self.constant(r), self.constant(b)]
+
+    def layer_norm(self, norm: nn.LayerNorm, x: str) -> str:
+        weights = [self.constant(v) for v in (norm.weight, norm.bias) if v is not None]
+        y = self.op("LayerNormalization", x, *weights, axis=-1, epsilon=norm.eps)
+        if norm.weight is not None and norm.bias is not None:
+            middle, spread = norm.bias.detach(), _DEVIATIONS * norm.weight.detach().abs()
+            self.ranges[y] = (float((middle - spread).min()), float((middle + spread).max()))
+        return y
+
+
+def check_speech() -> np.ndarray:
+    """The sentence that comes along: float32 (n,) at 16 kHz."""
+    with wave.open(str(_SPEECH)) as file:
+        samples = np.frombuffer(file.readframes(file.getnframes()), np.int16)
+    return samples.astype(np.float32) / 32_768

@@ -1,0 +1,256 @@
+"""Live audio in, text out: a Session, and the clock that it goes by."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from asr.audio import EDGE_SILENCE_SECONDS, SAMPLE_RATE, Resampler, to_float
+from asr.decoding import Decoder, Hypothesis
+from asr.endpoint import EndpointConfig, Endpointer
+from asr.errors import AsrError, ConfigError
+from asr.network import Network, Segment, Transcript, transcript_of
+from asr.runtime import StreamingEngine
+from asr.runtime.reader import BLOCK_FRAMES, Reread, Step, StreamReader, Work, run
+from asr.snapshot import Snapshot
+from asr.vad import UNIT
+
+_EDGE = round(EDGE_SILENCE_SECONDS * SAMPLE_RATE)  # samples
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Update:
+    """What live audio has brought: `partial` is the open segment's text so far, `final` what was closed."""
+
+    partial: str
+    final: tuple[Segment, ...]
+
+
+class Session:
+    """Live audio in, text out; `Recognizer.stream` opens one. One thread at a time.
+
+    The text depends on the samples alone, not on how they are handed in: it is what the network writes for 250 ms of
+    silence, the stream, and 250 ms of silence, read in blocks of one size. Endpoints share it out between segments;
+    the network itself goes on across them.
+
+    Args:
+        network: the streaming network.
+        second: the offline network, if it reads finished segments again.
+        block_frames: of the network, that are read at a time: fewer show text sooner and cost more.
+    """
+
+    shared = ("_network", "_second", "_endpoint", "_finished")  # not of the state that asr.snapshot keeps
+
+    def __init__(
+        self,
+        network: Network,
+        endpoint: EndpointConfig | None,
+        sample_rate: int,
+        *,
+        second: Network | None = None,
+        keep_segments: bool = True,
+        block_frames: int = BLOCK_FRAMES,
+    ) -> None:
+        if second is not None and endpoint is None:
+            raise ConfigError("two_pass: a segment that never ends is never read again; give an endpoint")
+        self._clock = Clock(sample_rate)
+        self._network, self._second = network, second
+        self._endpoint = endpoint
+        self._endpointer = None if endpoint is None else Endpointer(endpoint)
+        lookback = self._endpointer.lookback if self._endpointer else 0
+        self._reader = StreamReader(network.engine, network.decoder, network.visible, lookback, block_frames)
+        self._start = 0  # of the open segment, in samples at 16 kHz
+        self._cuts: list[int] = []  # found, but not read that far yet
+        self._audio: list[np.ndarray] = []  # of the open segment and what follows it, for the second pass
+        self._heard: list[np.ndarray] = []  # samples at 16 kHz that fill no block of the network yet
+        self._lacking = self._reader.lacking  # until they do
+        self._partial, self._partial_frames = "", 0  # the open segment's text, and after how many frames
+        self._keep = keep_segments
+        self._segments: list[Segment] = []
+        self._finished: Transcript | None = None
+
+    def feed(self, samples: np.ndarray) -> Update:
+        """Take the next samples, any number of them, also none: int16, or float32 in [-1, 1], (n,).
+
+        Raises:
+            AudioError: samples that cannot be read; the session goes on without them.
+            AsrError: the session is finished.
+        """
+        return run(self.feeding(samples), self.answer)
+
+    def finish(self) -> Transcript:
+        """End the audio and return all that was said; called again, it returns the same."""
+        return run(self.finishing(), self.answer)
+
+    def save(self) -> bytes:
+        """The session as it stands, for `Recognizer.resume`; it goes on all the same.
+
+        Raises:
+            AsrError: the session is finished.
+        """
+        self._check_open()
+        return Snapshot.write(self, self.about)
+
+    def feeding(self, samples: np.ndarray) -> Work[Update] | Update:
+        """`feed`, as work for whoever has the networks (see asr.runtime.reader), or at once where there is none."""
+        self._check_open()
+        samples = self._clock.process(samples)
+        self._heard.append(samples)
+        self._lacking -= len(samples)
+        return self._reading() if self._lacking <= 0 else Update(partial=self._partial, final=())
+
+    def finishing(self) -> Work[Transcript]:
+        """`finish`, as work for whoever has the networks."""
+        if self._finished is None:
+            self._heard.append(self._clock.finish())
+            last = yield from self._take()
+            yield from self._reader.finish()
+            last += yield from self._close_at_cuts()
+            last += yield from self._close(self._clock.samples, self._reader.frames)
+            self._finished = transcript_of(self._segments if self._keep else last, self._clock.duration)
+        return self._finished
+
+    def answer(self, request: Step | Reread) -> Any:
+        """What the network says, asked for this session alone."""
+        if isinstance(request, Step):
+            log_probs, state = self._network.engine.step(*request)
+            return log_probs[0], state
+        return self.reread(request)
+
+    def reread(self, request: Reread) -> list[Hypothesis]:
+        """What the offline network says of a finished segment."""
+        assert self._second is not None
+        return self._second.read([request.audio])[0]
+
+    @property
+    def sample_rate(self) -> int:
+        """Of the audio that comes in, Hz."""
+        return self._clock.rate
+
+    @property
+    def engine(self) -> StreamingEngine:
+        """What answers its steps; sessions of one recognizer share it."""
+        return self._network.engine
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a saved session needs to be the same where it is resumed."""
+        return {
+            "streaming network": self._network.identity,
+            "offline network": None if self._second is None else self._second.identity,
+            "decoding": type(self._reader.decoder).__name__,
+            "sample_rate": self._clock.rate,
+            "endpoint": None if self._endpoint is None else asdict(self._endpoint),
+            "two_pass": self._second is not None,
+        }
+
+    @property
+    def decoders(self) -> dict[str, Callable[[], Decoder]]:
+        """What makes a decoder of this session's kind, by the name of the kind."""
+        return {type(self._reader.decoder).__name__: self._network.decoder}
+
+    def _check_open(self) -> None:
+        if self._finished is not None:
+            raise AsrError("this session is finished: open another one with Recognizer.stream()")
+
+    def _reading(self) -> Work[Update]:
+        final = yield from self._take()
+        if self._reader.frames != self._partial_frames:
+            self._partial = self._network.text(self._reader.decoder.tokens())
+            self._partial_frames = self._reader.frames
+        return Update(partial=self._partial, final=tuple(final))
+
+    def _take(self) -> Work[list[Segment]]:
+        """Read what was heard; return the segments that it closes."""
+        samples = self._heard[0] if len(self._heard) == 1 else np.concatenate(self._heard)
+        self._heard = []
+        position = self._clock.samples - len(samples)
+        closed: list[Segment] = []
+        while len(samples):
+            # Unit by unit: what the network has written when it is asked must not depend on how samples come.
+            piece = samples[: UNIT - position % UNIT] if self._endpointer else samples
+            samples, position = samples[len(piece) :], position + len(piece)
+            self._reader.push(piece)
+            if self._reader.lacking <= 0:
+                yield from self._reader.read()
+            if self._second is not None:
+                self._audio.append(piece)
+            if self._endpointer:
+                self._cuts += self._endpointer.accept(piece, self._position(self._reader.written))
+                closed += yield from self._close_at_cuts()
+        self._lacking = self._reader.lacking
+        return closed
+
+    def _close_at_cuts(self) -> Work[list[Segment]]:
+        """Close the segments whose end has been read."""
+        closed: list[Segment] = []
+        while self._cuts and self._frame(self._cuts[0]) <= self._reader.frames:
+            cut = self._cuts.pop(0)
+            closed += yield from self._close(cut, self._frame(cut))
+        return closed
+
+    def _close(self, end: int, frame: int) -> Work[list[Segment]]:
+        """End the open segment at a sample, before a frame; return it, if anything was said in it."""
+        network, times = self._network, self._clock.seconds(self._start, end)
+        edge = (self._start - self._position(self._reader.start)) / SAMPLE_RATE
+        hypotheses = self._reader.cut(frame)
+        if self._second is not None:
+            audio = np.concatenate([np.zeros(0, np.float32), *self._audio])
+            network, edge = self._second, EDGE_SILENCE_SECONDS
+            hypotheses = yield Reread(audio[: end - self._start])
+            self._audio = [audio[end - self._start :]]
+        self._start = end
+        self._partial_frames = -1  # the text so far was of the segment that is closed
+        segment = network.segment(hypotheses, *times, edge=edge)
+        found = [] if segment is None else [segment]
+        if self._keep:
+            self._segments += found
+        return found
+
+    def _frame(self, sample: int) -> int:
+        """The frame, of the stream, that begins nearest to a sample."""
+        return round((sample + _EDGE) / self._network.engine.samples_per_frame)
+
+    def _position(self, frame: int) -> int:
+        """The sample at which a frame begins; the first ones lie in the silence before the stream."""
+        return frame * self._network.engine.samples_per_frame - _EDGE
+
+
+class Clock:
+    """Brings audio to 16 kHz and tells the time in it."""
+
+    def __init__(self, sample_rate: int) -> None:
+        self.samples = 0  # brought to 16 kHz so far
+        self.rate = sample_rate  # of what comes in
+        self._resampler = Resampler(sample_rate, SAMPLE_RATE)
+        self._given = 0
+
+    @property
+    def duration(self) -> float:
+        """Seconds of the audio so far."""
+        return self._given / self.rate
+
+    def process(self, samples: np.ndarray) -> np.ndarray:
+        """Samples as they come -> float32 (n,) at 16 kHz."""
+        floats = to_float(samples)
+        self._given += len(floats)
+        return self._count(self._resampler.process(floats))
+
+    def finish(self) -> np.ndarray:
+        """What the resampler still holds."""
+        return self._count(self._resampler.finish())
+
+    def resample(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """`process` for every block, and `finish`."""
+        for block in blocks:
+            yield self.process(block)
+        yield self.finish()
+
+    def seconds(self, start: int, end: int) -> tuple[float, float]:
+        """Positions at 16 kHz in seconds; rounding in the resampler does not reach past the end."""
+        return min(start / SAMPLE_RATE, self.duration), min(end / SAMPLE_RATE, self.duration)
+
+    def _count(self, samples: np.ndarray) -> np.ndarray:
+        self.samples += len(samples)
+        return samples

@@ -1,0 +1,121 @@
+"""What must hold before a training starts or goes on, and the weights that it starts from."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from pathlib import Path
+
+from asr.augment import changes_waveform
+from asr.config import FeatureConfig, TrainConfig, load_config
+from asr.errors import ConfigError
+from asr.models import Network, load_network
+from asr.training.checkpoint import checkpoints
+from asr.training.shards import ShardDataset
+
+# of [training]: what may change when a run goes on, as it changes nothing of what is learnt
+_FREE = {"threads": 1, "checkpoint_steps": 1, "average": 1, "patience": 0, "hang_seconds": 600.0}
+
+
+def check_inputs(config: TrainConfig, run: Path) -> None:
+    """Refuse a training that cannot start, before anything is written or another process started.
+
+    Raises:
+        AsrError: prepared data is missing or was made with other features, `data.weights` names no source of it,
+            `init_from` is no network, or the run was started with other data or another configuration (threads,
+            checkpoint_steps, average, patience and hang_seconds may differ).
+    """
+    sources: set[str] = set()
+    for folder in _folders(config):
+        dataset = ShardDataset(folder)
+        if folder in config.data.train:
+            sources.update(dataset.sources)
+        if dataset.info["store"] == "features" and changes_waveform(config.augment):
+            raise ConfigError(
+                f"{folder}: holds features, so the waveform cannot be augmented; set augment.speeds = [1.0], "
+                "gain_db = 0 and the probabilities to 0, or prepare with --store audio"
+            )
+        made_with = dataset.info.get("features", dataclasses.asdict(FeatureConfig()))
+        if made_with != dataclasses.asdict(config.features):
+            raise ConfigError(f"{folder}: its statistics are of features {made_with}, [features] asks for others")
+    for name in config.data.weights:
+        if name not in sources:
+            near = difflib.get_close_matches(name, sources, n=1)
+            advice = f"did you mean {near[0]}?" if near else f"the sources are {', '.join(sorted(sources))}"
+            raise ConfigError(f"data.weights.{name}: no utterance of data.train comes from {name}; {advice}")
+    if config.init_from:
+        load_network(config.init_from)
+    if checkpoints(run / "checkpoints"):
+        _check_unchanged(config, run)
+
+
+def _check_unchanged(config: TrainConfig, run: Path) -> None:
+    def core(c: TrainConfig) -> TrainConfig:
+        return dataclasses.replace(c, training=dataclasses.replace(c.training, **_FREE))
+
+    before, now = core(load_config(run / "config.toml")), core(config)
+    names = [f.name for f in dataclasses.fields(config) if getattr(before, f.name) != getattr(now, f.name)]
+    if names:
+        raise ConfigError(
+            f"{run}: was started with another configuration ([{'], ['.join(names)}] differ); "
+            "give another --out, or the same values"
+        )
+    kept = run / "data.json"
+    known = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    for folder, fingerprint in fingerprints(config).items():
+        if known.get(folder, fingerprint) != fingerprint:
+            raise ConfigError(
+                f"{folder}: was prepared anew since {run} was started with it, and now holds other data; "
+                "prepare what it held, or give another --out"
+            )
+
+
+def fingerprints(config: TrainConfig) -> dict[str, str]:
+    """A hash of the contents of each prepared folder that the training reads, by its name.
+
+    It covers the order of the utterances, their texts and lengths, and the statistics of their features.
+    """
+    found = {}
+    for folder in _folders(config):
+        dataset = ShardDataset(folder)
+        rows = [dataset.ids, dataset.texts, dataset.n_samples.tolist()]
+        statistics = [dataset.info[name] for name in ("store", "frames", "mean", "variance")]
+        found[folder] = hashlib.sha256(json.dumps([rows, statistics]).encode()).hexdigest()
+    return found
+
+
+def _folders(config: TrainConfig) -> list[str]:
+    return [*config.data.train, *config.data.dev, *filter(None, [config.augment.noise])]
+
+
+def take_weights(network: Network, start: Network) -> None:
+    """Copy the weights of `start` into `network`, except outputs for other tokens or phones, which stay new.
+
+    Raises:
+        ConfigError: the networks are of different shapes.
+    """
+    new = []
+    if network.tokenizer.tokens != start.tokenizer.tokens:
+        new.append(f"layers.{len(network.layers) - 1}.")
+    if network.phones != start.phones:
+        new.append("phone_output.")
+    new.append("state_output.")  # a help in training, whose size depends on the data
+    own, theirs = network.state_dict(), start.state_dict()
+    wanted = [name for name in own if not name.startswith(tuple(new))]
+    unfit = [name for name in wanted if name not in theirs or theirs[name].shape != own[name].shape]
+    if unfit:
+        raise ConfigError(f"init_from: {len(unfit)} tensors do not fit, the first is {unfit[0]}; use the same [model]")
+    network.load_state_dict({**own, **{name: theirs[name] for name in wanted}})
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """The configuration with its data named from the root: Ray's workers run in a folder of their own."""
+
+    def absolute(path: str) -> str:
+        return path if not path or "://" in path else str(Path(path).absolute())
+
+    data = dataclasses.replace(
+        config.data, train=tuple(map(absolute, config.data.train)), dev=tuple(map(absolute, config.data.dev))
+    )
+    augment = dataclasses.replace(config.augment, noise=absolute(config.augment.noise))
+    return dataclasses.replace(config, data=data, augment=augment, init_from=absolute(config.init_from))

@@ -1,0 +1,55 @@
+"""Section "search": our beam search with the language model against flashlight-text called directly. One core."""
+
+import numpy as np
+
+from asr.audio import EDGE_SILENCE_SECONDS, SAMPLE_RATE
+from asr.decoding.beam import BeamConfig, BeamSearch
+from asr.decoding.greedy import GreedyDecoder
+from asr.runtime import load_engine
+from asr.runtime.folder import find_language_model
+from asr.text import Tokenizer
+from pipelines.bench.figures import Figure, interleaved
+from pipelines.bench.setting import Setting
+
+_BLOCK_FRAMES = 4
+
+
+def run(setting: Setting) -> list[Figure]:
+    """Times real time on the network's own output."""
+    folder = setting.network("offline")
+    model, words = find_language_model(setting.model)
+    tokens = Tokenizer.load(folder / "tokens.txt").tokens
+    search = BeamSearch(model, words.read_text(encoding="utf-8").split(), tokens, BeamConfig())
+    edge = np.zeros(round(EDGE_SILENCE_SECONDS * SAMPLE_RATE), np.float32)
+    engine = load_engine(folder)
+    spoken = [engine.log_probs([np.concatenate([edge, x, edge])])[0] for x in setting.speech]  # type: ignore[union-attr]
+
+    def direct() -> None:
+        """No times, no confidence, no partial text: the words of the best path."""
+        for log_probs in spoken:
+            found = search.start().decode(log_probs.ctypes.data, *log_probs.shape)
+            assert len(found)
+
+    def ours(frames: int | None, partial: bool = False) -> None:
+        for log_probs in spoken:
+            decoder = search()
+            for start in range(0, len(log_probs), frames or len(log_probs)):
+                decoder.accept(log_probs[start : start + (frames or len(log_probs))])
+                if partial:
+                    decoder.tokens()
+            decoder.finish()
+
+    def greedy() -> None:
+        for log_probs in spoken:
+            decoder = GreedyDecoder()
+            decoder.accept(log_probs)
+            decoder.finish()
+
+    parts = {
+        "flashlight-text, called directly": direct,
+        "ours, whole": lambda: ours(None),
+        "ours, 160 ms blocks": lambda: ours(_BLOCK_FRAMES),
+        "ours, 160 ms blocks, partial text after each": lambda: ours(_BLOCK_FRAMES, partial=True),
+        "greedy, whole": greedy,
+    }
+    return interleaved("beam search with language model", "x real time", setting.speech_seconds, parts, setting.rounds)

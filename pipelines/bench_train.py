@@ -1,0 +1,113 @@
+"""`python -m pipelines.bench_train`: what Ray Train adds to a training step, against the same loop under torchrun.
+
+Both run two workers on the same batches of made-up speech, in turns; each step is compared with the same step.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from asr.config import AugmentConfig, DataConfig, FeatureConfig, ModelConfig, TrainConfig, TrainingConfig, to_toml
+from asr.training.shards import VERSION, write_shard
+
+WORKERS = 2
+ROUNDS = 2  # each: torchrun and Ray, then the other way round
+WARM_UP = 5  # steps left out: oneDNN sets up its kernels
+_BANDS = 80
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="asr-bench-", dir="/tmp") as temporary:
+        folder = Path(temporary)
+        _write_data(folder / "data")
+        config = _config(folder / "data")
+        plain: list[float] = []
+        ray: list[float] = []
+        for i in range(ROUNDS):
+            for way in (_under_torchrun, _under_ray)[:: 1 if i % 2 == 0 else -1]:
+                run = folder / f"{way.__name__}{i}"
+                way(config, run)
+                (ray if way is _under_ray else plain).extend(_step_seconds(run))
+        ratios = [r / p for r, p in zip(ray, plain, strict=True)]
+        low, high = np.percentile(_medians_of_samples(ratios), [2.5, 97.5])
+        print(
+            f"{WORKERS} workers, {len(ratios)} steps each: torchrun {median(plain) * 1000:.0f} ms a step, "
+            f"Ray Train {median(ray) * 1000:.0f} ms; the same step takes {median(ratios) - 1:+.1%} under Ray "
+            f"(95 % of resamples: {low - 1:+.1%} to {high - 1:+.1%})"
+        )
+
+
+def _medians_of_samples(values: list[float], count: int = 2_000) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return np.median(rng.choice(values, (count, len(values))), axis=1)
+
+
+def _config(data: Path) -> TrainConfig:
+    return TrainConfig(
+        model=ModelConfig(bidirectional=False, hidden=224, layers=3, dropout=0.0),
+        data=DataConfig(train=(str(data),)),
+        augment=AugmentConfig(speeds=(1.0,)),
+        training=TrainingConfig(epochs=1, batch_seconds=40.0, precision="fp32", checkpoint_steps=10_000),
+    )
+
+
+def _write_data(folder: Path, rows: int = 500) -> None:
+    """A prepared folder of noise with words of random letters, 3 to 6 s each."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    data = []
+    for i in range(rows):
+        n = int(rng.integers(48_000, 96_000))
+        text = " ".join("".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), 5)) for _ in range(n // 8_000))
+        data.append(
+            {
+                "id": str(i),
+                "audio": rng.integers(-3_000, 3_000, n).astype("<i2").tobytes(),
+                "n_samples": n,
+                "features": None,
+                "n_frames": None,
+                "text": text,
+                "phones": None,
+                "speaker": "",
+                "source": "noise",
+            }
+        )
+    write_shard(folder / "shard-00000.arrow", data)
+    info = {
+        "version": VERSION, "store": "audio", "shards": [{"file": "shard-00000.arrow"}],
+        "features": dataclasses.asdict(FeatureConfig()), "frames": 1, "mean": [0.0] * _BANDS,
+        "variance": [9.0] * _BANDS,
+    }  # fmt: skip
+    (folder / "dataset.json").write_text(json.dumps(info))
+
+
+def _under_torchrun(config: TrainConfig, run: Path) -> None:
+    file = run.with_suffix(".toml")
+    file.write_text(to_toml(config))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORKERS)]
+    command += ["-m", "asr.training", str(file), "--out", str(run)]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def _under_ray(config: TrainConfig, run: Path) -> None:
+    from pipelines.train import train_on_ray
+
+    train_on_ray(config, run, (WORKERS, WORKERS), None)
+
+
+def _step_seconds(run: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [row for row in rows if row["kind"] == "step"]
+    heard = [0.0, *(row["audio_hours"] * 3600 for row in steps)]
+    return [(heard[i + 1] - heard[i]) / row["speed"] for i, row in enumerate(steps)][WARM_UP:]
+
+
+if __name__ == "__main__":
+    main()

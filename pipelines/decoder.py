@@ -1,0 +1,134 @@
+"""Decodes recordings in a process of its own: a decoder that crashes costs one recording, not the job."""
+
+import atexit
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection, Pipe
+from typing import NamedTuple
+
+import numpy as np
+
+from asr.audio import read_audio
+from asr.errors import AsrError, AudioError
+
+_AHEAD = 2  # parts asked for at a time: one is decoded while the caller works on the one before
+_ATTEMPTS = 2  # a crash may be somebody else's fault, such as memory that ran out
+
+
+class Part(NamedTuple):
+    """What to read: a file, from `offset` (seconds) on, `duration` seconds (None: to its end)."""
+
+    path: str
+    offset: float = 0.0
+    duration: float | None = None
+
+
+def decode_all(parts: Sequence[Part]) -> Iterator[np.ndarray | AudioError]:
+    """Give the samples of each part as `asr.audio.read_audio` does, (n,) float32, or why there are none.
+
+    The process is started at the first use, stays for later ones, and ends with this one.
+
+    Raises:
+        AsrError: the process cannot be started.
+    """
+    sent = done = crashes = 0
+    try:
+        while done < len(parts):
+            child = _running()
+            try:
+                while sent < min(done + _AHEAD, len(parts)):
+                    child.pipe.send(tuple(parts[sent]))
+                    sent += 1
+                decoded = child.receive()
+            except (EOFError, OSError):
+                sent = done
+                crashes += 1
+                how = stop_decoder()
+                if crashes < _ATTEMPTS:
+                    continue
+                decoded = AudioError(f"{parts[done].path}: the decoder crashed ({how}), {crashes} times")
+                sent = done + 1
+            done, crashes = done + 1, 0
+            yield decoded
+    finally:
+        if sent > done:  # left early: nobody will fetch the answer
+            stop_decoder()
+
+
+def decode_here(parts: Sequence[Part]) -> Iterator[np.ndarray | AudioError]:
+    """The same in this process: what throws costs one part, what crashes ends the process."""
+    for part in parts:
+        try:
+            yield read_audio(part.path, offset=part.offset, duration=part.duration)
+        except AudioError as error:
+            yield error
+        except Exception as error:  # whatever a decoder throws
+            yield AudioError(f"{part.path}: {type(error).__name__}: {error}")
+
+
+class _Child:
+    """The process, and the pipe to it."""
+
+    def __init__(self) -> None:
+        self.pipe, theirs = Pipe()
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        command = [sys.executable, "-m", "pipelines.decoder", str(theirs.fileno())]
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
+        theirs.close()
+        try:
+            self.pipe.recv_bytes()  # it is up
+        except (EOFError, OSError):
+            raise AsrError(f"the decoder's process cannot be started ({self.stop()}): {' '.join(command)}") from None
+
+    def receive(self) -> np.ndarray | AudioError:
+        problem = self.pipe.recv()
+        return AudioError(problem) if problem else np.frombuffer(self.pipe.recv_bytes(), np.float32)
+
+    def stop(self) -> str:
+        """End it; how it had ended if it had."""
+        self.pipe.close()
+        try:
+            status = self.process.wait(timeout=1)  # it ends by itself when the pipe is closed
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            status = self.process.wait()
+        return f"status {status}" if status >= 0 else signal.Signals(-status).name
+
+
+_child: _Child | None = None
+
+
+def _running() -> _Child:
+    global _child
+    if _child is None:
+        _child = _Child()
+    return _child
+
+
+@atexit.register
+def stop_decoder() -> str:
+    """End the process if there is one, and tell how it ended; the next use starts another."""
+    global _child
+    child, _child = _child, None
+    return "" if child is None else child.stop()
+
+
+def _serve(pipe: Connection) -> None:
+    """Answer the parts that come through `pipe`, until its other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end ends this
+    pipe.send_bytes(b"")
+    try:
+        while True:
+            for decoded in decode_here([Part(*pipe.recv())]):
+                pipe.send(str(decoded) if isinstance(decoded, AudioError) else "")
+                if isinstance(decoded, np.ndarray):
+                    pipe.send_bytes(decoded.tobytes())
+    except (EOFError, OSError):
+        pass
+
+
+if __name__ == "__main__":
+    _serve(Connection(int(sys.argv[1])))

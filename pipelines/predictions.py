@@ -1,0 +1,250 @@
+"""What `asr transcribe` does with a manifest: its rows, recognized in batches, become JSON Lines with `pred_text`."""
+
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from asr.audio import SAMPLE_RATE
+from asr.errors import AsrError, AudioError
+from asr.manifest import Utterance, read_manifest
+from pipelines.decoder import Part, decode_all
+
+if TYPE_CHECKING:
+    from asr.recognizer import Recognizer, Transcript
+
+MANIFEST_SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".tsv")
+_BATCH_ROWS = 64
+_BATCH_SECONDS = 300.0
+_ASSUMED_SECONDS = 5.0  # of a row that doesn't tell
+_LONGEST_SECONDS = 30.0  # that is read whole; what is longer is cut at silences
+_ROUNDING_SECONDS = 0.1  # a declared duration is often rounded; as in `asr evaluate`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The text of a row and the seconds that it lasts, or the reason why there is none."""
+
+    text: str = ""
+    seconds: float = 0.0
+    reason: str = ""
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether a file that is to be transcribed lists recordings and is none itself."""
+    return path.name == "wav.scp" or path.name.lower().endswith(MANIFEST_SUFFIXES)
+
+
+def row_seconds(row: Utterance) -> float:
+    """What the row says of its length, or a guess."""
+    return row.duration if row.duration is not None else _ASSUMED_SECONDS
+
+
+def batches_of(rows: Sequence[Utterance]) -> list[list[Utterance]]:
+    """The rows in their order, in batches that depend on nothing else: int8 text may depend on its company."""
+    batches: list[list[Utterance]] = []
+    seconds = 0.0
+    for row in rows:
+        seconds += row_seconds(row)
+        if not batches or len(batches[-1]) == _BATCH_ROWS or seconds > _BATCH_SECONDS:
+            batches.append([])
+            seconds = row_seconds(row)
+        batches[-1].append(row)
+    return batches
+
+
+def recognize_rows(
+    recognizer: "Recognizer",
+    rows: Sequence[Utterance],
+    network: str,
+    decode: Callable[[Sequence[Part]], Iterator[np.ndarray | AudioError]] = decode_all,
+) -> list[Prediction]:
+    """Recognize rows, in batches of like length; what cannot be read becomes a reason.
+
+    Raises:
+        ModelError: the model has no such network.
+    """
+    found: dict[int, Transcript | str] = {}
+    short: dict[int, np.ndarray] = {}
+    for i, samples in enumerate(decode([_start_of(row) for row in rows])):
+        if isinstance(samples, AudioError):
+            found[i] = str(samples)
+        elif len(samples) <= _LONGEST_SECONDS * SAMPLE_RATE:
+            short[i] = samples
+        else:
+            found[i] = _recognize_long(recognizer, rows[i], network, decode)
+    transcripts = recognizer.transcribe_batch(list(short.values()), network)
+    found.update(zip(short, transcripts, strict=True))
+    return [
+        Prediction(reason=told.removeprefix(f"{row.audio}: "))
+        if isinstance(told := found[i], str)
+        else Prediction(text=told.text, seconds=told.duration)
+        for i, row in enumerate(rows)
+    ]
+
+
+def _start_of(row: Utterance) -> Part:
+    """The row, or where it is long, enough of it to tell."""
+    return Part(row.audio, row.offset or 0.0, min(_length(row) or _LONGEST_SECONDS + 1, _LONGEST_SECONDS + 1))
+
+
+def _length(row: Utterance) -> float | None:
+    # Inside a long recording, a little more than told would be the neighbour's first sound.
+    if row.duration is None or row.offset is not None:
+        return row.duration
+    return row.duration + _ROUNDING_SECONDS
+
+
+def _recognize_long(
+    recognizer: "Recognizer",
+    row: Utterance,
+    network: str,
+    decode: Callable[[Sequence[Part]], Iterator[np.ndarray | AudioError]],
+) -> "Transcript | str":
+    """The row, cut at silences: a whole file in constant memory, a part of one in as much as it has samples."""
+    try:
+        if row.offset is None and row.duration is None:
+            return recognizer.transcribe(row.audio, network=network)
+        samples = next(decode([Part(row.audio, row.offset or 0.0, _length(row))]))
+        return str(samples) if isinstance(samples, AudioError) else recognizer.transcribe(samples, network=network)
+    except AudioError as error:
+        return str(error)
+
+
+class PredictionFile:
+    """The predictions of one manifest, which grow in order, so that a job that was killed goes on after them.
+
+    Until it is complete the file has another name, which tells rows and settings apart. A row that could not be
+    recognized has an empty `pred_text` and the reason as `error`.
+
+    Args:
+        manifest: a file that `asr.manifest.read_manifest` knows.
+        target: the file to write; None writes none.
+        settings: what the predictions depend on, besides the rows.
+        overwrite: begin anew, whatever is there.
+
+    Attributes:
+        unread: rows that cannot be read.
+        kept: rows that an earlier run recognized, each with the reason where it could not.
+        batches: rows that are still to be recognized.
+
+    Raises:
+        ManifestError: the manifest cannot be read.
+        AsrError: the file cannot be written.
+    """
+
+    def __init__(self, manifest: Path, target: Path | None, settings: str, *, overwrite: bool) -> None:
+        self.manifest, self.target = manifest, target
+        rows, self.unread = read_manifest(manifest)
+        self.batches = batches_of(rows)
+        self.kept: list[tuple[Utterance, str]] = []
+        if target is None:
+            return
+        told = hashlib.sha256(f"{settings}\n{rows}".encode(errors="surrogatepass")).hexdigest()[:12]
+        self._part = target.with_name(f".{target.name}.part-{told}")
+        with _writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            for stale in target.parent.glob(f".{target.name}.part-*"):
+                if overwrite or stale != self._part:
+                    stale.unlink()
+            if not overwrite and _is_newer(target, manifest):
+                self._keep(target)
+                self.batches = []
+            elif self._part.exists():
+                size = self._keep(self._part)
+                with open(self._part, "r+b") as file:
+                    file.truncate(size)
+
+    def _keep(self, path: Path) -> int:
+        """Take what is there of finished batches, and return its bytes: a batch is written in one piece."""
+        size = seen = 0
+        reasons: list[str] = []
+        with open(path, "rb") as file:
+            for line in file:
+                seen += len(line)
+                reasons.append(_reason_in(line))
+                if line.endswith(b"\n") and len(reasons) == len(self.batches[0]):
+                    self.kept += zip(self.batches.pop(0), reasons, strict=True)
+                    size, reasons = seen, []
+                    if not self.batches:
+                        break
+        return size
+
+    def write(self, made: Iterator[list[Prediction]]) -> Iterator[tuple[Utterance, Prediction, str]]:
+        """Take the predictions of `batches` as they come, and give each row with its own and its line.
+
+        Raises:
+            AsrError: the file cannot be written.
+        """
+        fields = _fields_of([row for rows in self.batches for row in rows], self.manifest)
+        for rows in self.batches:
+            predictions = next(made)
+            lines = [_line(next(fields), prediction) for prediction in predictions]
+            if self.target is not None:
+                with _writing(self.target), open(self._part, "ab") as file:
+                    file.write("".join(lines).encode("utf-8", "surrogateescape"))
+            yield from zip(rows, predictions, lines, strict=True)
+        if self.target is not None and self.batches:
+            with _writing(self.target):
+                os.replace(self._part, self.target)
+
+
+def _line(fields: dict, prediction: Prediction) -> str:
+    told = {"pred_text": prediction.text} | ({"error": prediction.reason} if prediction.reason else {})
+    return json.dumps(fields | told, ensure_ascii=False) + "\n"
+
+
+def _reason_in(line: bytes) -> str:
+    try:
+        return json.loads(line).get("error", "")
+    except (ValueError, AttributeError):  # cut off, or changed by hand
+        return ""
+
+
+def _fields_of(rows: Sequence[Utterance], manifest: Path) -> Iterator[dict]:
+    """What a prediction repeats of its row: all that a NeMo manifest holds, of other formats what is known."""
+    if not manifest.name.lower().endswith((".jsonl", ".jsonl.gz")):
+        yield from map(_known_fields, rows)
+        return
+    opened = gzip.open if manifest.suffix.lower() == ".gz" else open
+    with opened(manifest, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        lines = enumerate(file, 1)
+        place, original = "", {}
+        for row in rows:
+            while place != row.where:
+                number, line = next(lines)
+                place = f"{os.path.abspath(manifest)}:{number}"
+                original = json.loads(line) if place == row.where else {}
+            known = _known_fields(row)
+            is_cut = "supervisions" in original or "recording" in original or "recording_id" in original
+            yield known if is_cut else original | {"audio_filepath": row.audio}
+
+
+def _known_fields(row: Utterance) -> dict:
+    fields = {
+        "audio_filepath": row.audio,
+        "offset": row.offset,
+        "duration": row.duration,
+        "text": row.text,
+        "speaker": row.speaker,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _is_newer(target: Path, manifest: Path) -> bool:
+    return target.exists() and target.stat().st_mtime_ns >= manifest.stat().st_mtime_ns
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise AsrError(f"{path}: cannot be written ({error.strerror or error}); run again to go on") from error

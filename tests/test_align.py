@@ -1,0 +1,154 @@
+"""Forced alignment from a flat start, and the frame-wise targets that training takes from it."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_training import row, tone_config
+
+from asr.config import FeatureConfig
+from asr.errors import ConfigError
+from asr.lexicon import phones_of
+from asr.models import load_network
+from asr.training.align import SILENCE, align
+from asr.training.data import EDGE_SAMPLES, UNKNOWN, Corpus, Loader, Plan
+from asr.training.loop import run_training
+from asr.training.shards import STATES, ShardDataset, write_shard
+
+WORDS = ("see", "low", "may", "new", "key", "toe")
+PITCH = {p: 180.0 * 1.28**i for i, p in enumerate(sorted({p for w in WORDS for p in phones_of(w).split()}))}
+
+
+def speak(words: list[str], rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
+    """Each phone a pitch of its own and of random length; pauses between some words: samples, phone of each 10 ms."""
+    pieces, phones = [], []
+
+    def add(phone: str, frames: int) -> None:
+        time = np.arange(frames * 160) / 16_000
+        pitch = PITCH.get(phone, 0.0)
+        pieces.append(0.2 * np.sin(2 * np.pi * pitch * time) + 0.1 * np.sin(6.3 * np.pi * pitch * time))
+        phones.extend([phone] * frames)
+
+    add(SILENCE, int(rng.integers(10, 30)))
+    for word in words:
+        for phone in phones_of(word).split():
+            add(phone, int(rng.integers(6, 20)))
+        if rng.random() < 0.5:
+            add(SILENCE, int(rng.integers(8, 30)))
+    add(SILENCE, int(rng.integers(10, 30)))
+    audio = np.concatenate(pieces)
+    return audio + 0.002 * rng.standard_normal(len(audio)), phones
+
+
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str]]]:
+    """A prepared and aligned folder, and what its phones truly are."""
+    folder = tmp_path_factory.mktemp("aligned")
+    rng = np.random.default_rng(3)
+    rows, truth = [], []
+    for i in range(80):
+        words = rng.choice(WORDS, rng.integers(1, 5)).tolist()
+        audio, phones = speak(words, rng)
+        text = " ".join(words)
+        rows.append(row(f"r{i}", text, audio, phones_of(text)))
+        truth.append(phones)
+    rows.append(row("short", "see low may new key toe", np.zeros(1600), phones_of("see low")))
+    rows.append(row("empty", "", np.zeros(1600), ""))
+    write_shard(folder / "shard-00000.arrow", rows)
+    info = {
+        "version": 1, "sample_rate": 16_000, "store": "audio", "utterances": len(rows), "seconds": 1.0, "skipped": 0,
+        "shards": [{"file": "shard-00000.arrow", "utterances": len(rows), "seconds": 1.0}], "characters": {},
+        "features": dataclasses.asdict(FeatureConfig(bands=20)), "frames": 100, "mean": [-9.0] * 20,
+        "variance": [9.0] * 20,
+    }  # fmt: skip
+    (folder / "dataset.json").write_text(json.dumps(info))
+    assert align(folder) == pytest.approx(80 / 82)
+    return folder, truth
+
+
+def test_the_phones_are_found_where_they_are(aligned: tuple[Path, list[list[str]]]) -> None:
+    folder, truth = aligned
+    dataset = ShardDataset(folder)
+    right = total = 0
+    for i, phones in enumerate(truth):
+        found = [dataset.aligned_phones[s // STATES] for s in dataset.alignment(i)]
+        assert len(found) == len(phones)
+        right += sum(a == b for a, b in zip(found, phones, strict=True))
+        total += len(phones)
+    assert right / total > 0.85  # windows of 25 ms blur every border
+
+
+def test_states_pass_from_left_to_right(aligned: tuple[Path, list[list[str]]]) -> None:
+    dataset = ShardDataset(aligned[0])
+    for i in range(len(aligned[1])):
+        labels = dataset.alignment(i).astype(int)
+        steps = labels[1:][np.diff(labels) != 0] % STATES, labels[:-1][np.diff(labels) != 0] % STATES
+        assert ((steps[0] - steps[1]) % STATES == 1).all()  # the next state of a phone, or the first of another
+
+
+def test_rows_without_room_or_text_have_no_labels(aligned: tuple[Path, list[list[str]]]) -> None:
+    dataset = ShardDataset(aligned[0])
+    assert len(dataset.alignment(80)) == len(dataset.alignment(81)) == 0
+
+
+@pytest.mark.parametrize("speed", [0.9, 1.0, 1.1])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_targets_follow_the_changed_audio(
+    aligned: tuple[Path, list[list[str]]], speed: float, bidirectional: bool
+) -> None:
+    folder, truth = aligned
+    config = tone_config(folder, bidirectional=bidirectional)
+    corpus = Corpus([str(folder)])
+    loader = Loader(corpus, config, config.features.hop)
+    samples = int(corpus.n_samples[0] / speed) + 2 * EDGE_SAMPLES
+    plan = Plan((0,), (speed,), -(-samples // 5120) * 5120)
+    states = loader.batch(plan, 0).states[0].numpy()
+    names = sorted({SILENCE, *PITCH})
+    delay = 0.0 if bidirectional else 0.08
+    agree = []
+    for t, state in enumerate(states):
+        time = (t * 0.04 - delay - 0.25) * speed
+        want = truth[0][int(time * 100)] if 0 <= time * 100 < len(truth[0]) else SILENCE
+        agree.append(names[state // STATES] == want)
+    assert np.mean(agree) > 0.75
+
+
+def test_rows_without_alignment_are_not_taught(aligned: tuple[Path, list[list[str]]]) -> None:
+    config = tone_config(aligned[0])
+    loader = Loader(Corpus([str(aligned[0])]), config, config.features.hop)
+    assert (loader.batch(Plan((80,), (1.0,), 10_240), 0).states == UNKNOWN).all()
+
+
+def test_the_network_learns_them_and_is_kept_with_them(aligned: tuple[Path, list[list[str]]], tmp_path: Path) -> None:
+    config = tone_config(aligned[0], epochs=3, alignment_weight=1.0, phone_weight=0.5, learning_rate=1e-2)
+    config = dataclasses.replace(config, features=FeatureConfig(bands=20))
+    network = load_network(run_training(config, tmp_path / "run"))
+    assert network.state_output is not None
+    corpus = Corpus([str(aligned[0])])
+    loader = Loader(corpus, config, config.features.hop, augment=False)
+    right = total = 0
+    with torch.no_grad():
+        for index in range(20):
+            samples = -(-(int(corpus.n_samples[index]) + 2 * EDGE_SAMPLES) // 5120) * 5120
+            batch = loader.batch(Plan((index,), (1.0,), samples), 0)
+            features, frames = network.normalised_features(batch.audio, batch.lengths)
+            states = network.read_features(features, frames)[2]["states"].argmax(-1)[0]
+            wanted = batch.states[0, : len(states)]
+            right += int((states // STATES == wanted // STATES).sum())
+            total += len(states)
+    assert right / total > 0.5  # chance is silence alone, a quarter
+
+    again = dataclasses.replace(
+        tone_config(aligned[0], epochs=1), init_from=str(tmp_path / "run" / "model" / "offline")
+    )
+    assert load_network(run_training(again, tmp_path / "again")).state_output is None
+
+
+def test_features_alone_cannot_be_aligned(aligned: tuple[Path, list[list[str]]], tmp_path: Path) -> None:
+    info = json.loads((aligned[0] / "dataset.json").read_text())
+    (tmp_path / "dataset.json").write_text(json.dumps(info | {"store": "features", "shards": []}))
+    with pytest.raises(ConfigError, match="needs audio"):
+        align(tmp_path)

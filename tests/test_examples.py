@@ -1,0 +1,15 @@
+"""The worked examples of the documents run, and do what they say."""
+
+import runpy
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[1] / "docs/examples"
+
+
+def test_an_lstm_forecasts_a_chaotic_series_and_finds_what_is_odd(tmp_path: Path) -> None:
+    path = EXAMPLES / "time_series.py"
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 60
+    figures = runpy.run_path(str(path))["main"](str(tmp_path / "series.png"))
+    assert figures["LSTM"] < 0.5 * figures["linear"] < figures["last value"]
+    assert figures["odd"] > 10  # times the usual error
+    assert (tmp_path / "series.png").read_bytes().startswith(b"\x89PNG")

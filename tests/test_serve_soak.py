@@ -1,0 +1,47 @@
+"""Many clients at once, polite and rude, for seconds and for minutes; and what the load generator reports."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.serve.load import run_load
+from pipelines.serve.soak import Report, run_soak
+
+ROOT = Path(__file__).parents[1]
+SAMPLES = sorted((ROOT / "scripts" / "samples" / "audio").glob("*.flac"))
+
+
+def test_seconds_of_mixed_clients_lose_nothing() -> None:
+    report = run_soak(SAMPLES, sessions=12, seconds=3, tell=lambda line: None)
+    assert report.problems() == []
+    assert report.sessions.total() >= 12
+    assert len(report.sessions) > 3, "the clients were not mixed"
+
+
+def test_what_is_wrong_is_told() -> None:
+    grown = Report(memory=[100 << 20] * 50 + [200 << 20] * 50, wrong=["vosk: lost"], left=3)
+    told = "\n".join(grown.problems())
+    assert "memory grew from 100 to 200 MiB" in told
+    assert "vosk: lost" in told
+    assert "3 sessions" in told
+    assert Report(memory=[100 << 20] * 100).problems() == []
+
+
+def test_load_is_measured() -> None:
+    load = run_load(SAMPLES, sessions=4, seconds=2)
+    assert load.failed == 0
+    assert 70 <= load.replies <= 90, "four sessions of two seconds, ten messages a second"
+    assert 0 < load.median <= load.p95 <= load.p99 <= load.largest
+    assert load.server_cores > 0 and load.sender_cores > 0
+
+
+@pytest.mark.slow
+def test_two_minutes_of_a_hundred_clients() -> None:
+    """As scripts/soak runs it."""
+    command = [sys.executable, "-m", "pipelines.serve.soak", "--sessions", "100", "--minutes", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all finals equal; no session lost; memory flat" in done.stdout

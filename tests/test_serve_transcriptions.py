@@ -1,0 +1,191 @@
+"""OpenAI's transcription endpoint, with its own client, and what it refuses."""
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from serving import HTTP, PAUSE, TALK, Served, begin, finished, post, recording, s16, serving, wire
+from toy_model import RATE, spell, toy_recognizer
+
+from pipelines.formats import render
+from pipelines.serve.limits import Limits
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Served]:
+    with serving() as served:
+        yield served
+
+
+@pytest.fixture
+def client(server: Served) -> Iterator[openai.OpenAI]:
+    with openai.DefaultHttpxClient(trust_env=False, timeout=30) as http:
+        yield openai.OpenAI(base_url=f"{server.http}/v1", api_key="none", http_client=http, max_retries=0)
+
+
+def test_the_openai_client_lists_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["asr-offline", "asr-streaming"]
+    assert client.models.retrieve("asr-streaming").id == "asr-streaming"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-2")
+
+
+@pytest.mark.parametrize("model", ["asr-offline", "asr-streaming", "whisper-1"])
+def test_the_openai_client_transcribes(client: openai.OpenAI, model: str) -> None:
+    reply = client.audio.transcriptions.create(model=model, file=("talk.wav", recording()))
+    assert reply.text == "one two three"
+
+
+def test_the_openai_client_gets_every_format(client: openai.OpenAI) -> None:
+    expected = toy_recognizer().transcribe(TALK)
+
+    def create(format: Any) -> Any:
+        return client.audio.transcriptions.create(
+            model="asr-offline", file=("talk.flac", recording(format="FLAC")), response_format=format
+        )
+
+    assert create("json").text == create("verbose_json").text == expected.text
+    assert create("text") == f"{expected.text}\n"
+    assert create("srt") == render(expected, "srt", "")
+    assert create("vtt") == render(expected, "vtt", "")
+
+
+def test_the_openai_client_gets_word_and_segment_times(client: openai.OpenAI) -> None:
+    reply = client.audio.transcriptions.create(
+        model="asr-offline",
+        file=("talk.wav", recording()),
+        response_format="verbose_json",
+        timestamp_granularities=["word", "segment"],
+    )
+    expected = toy_recognizer().transcribe(TALK)
+    assert reply.words is not None and reply.segments is not None
+    assert [(w.word, w.start, w.end) for w in reply.words] == [(w.text, w.start, w.end) for w in expected.words]
+    assert [segment.text.strip() for segment in reply.segments] == ["one two", "three"]
+    assert float(reply.duration) == pytest.approx(expected.duration)
+
+
+@pytest.mark.parametrize("model", ["asr-offline", "asr-streaming"])
+def test_the_openai_client_streams(client: openai.OpenAI, model: str) -> None:
+    stream = client.audio.transcriptions.create(model=model, file=("talk.wav", recording()), stream=True)
+    events = list(stream)
+    assert [event.type for event in events] == ["transcript.text.delta"] * 2 + ["transcript.text.done"]
+    assert "".join(event.delta for event in events if event.type == "transcript.text.delta") == "one two three"
+    assert events[-1].type == "transcript.text.done" and events[-1].text == "one two three"
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"response_format": "doc"}, "verbose_json"),
+        ({"response_format": "srt", "stream": "true"}, "stream"),
+        ({"timestamp_granularities[]": "word"}, "verbose_json"),
+        ({"response_format": "verbose_json", "timestamp_granularities[]": "letter"}, "word or segment"),
+        ({"model": "../../etc/passwd"}, "no such model"),
+    ],
+)
+def test_a_wrong_request_is_named(server: Served, fields: dict[str, Any], named: str) -> None:
+    reply = post(server.http, recording(), fields)
+    assert reply.status_code in (400, 404)
+    assert named in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"no audio at all", recording()[:200], b"RIFF" + os.urandom(500), b"\xff\xfb" * 90]
+)
+def test_what_is_no_recording_is_refused_without_a_path(server: Served, data: bytes) -> None:
+    reply = post(server.http, data)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["type"] == "invalid_request_error"
+    assert not any(part in reply.text for part in ("/proc", "/tmp", "Traceback", ".py"))
+
+
+def test_silence_has_an_empty_text(server: Served) -> None:
+    assert post(server.http, recording(PAUSE)).json() == {"text": ""}
+
+
+# ---- what a recording may cost
+
+
+def test_too_many_recordings_get_503(monkeypatch: pytest.MonkeyPatch) -> None:
+    released, taken = threading.Event(), threading.Event()
+    recognizer = toy_recognizer()
+    with serving(recognizer, limits=Limits(uploads=1)) as served:
+        known = recognizer.transcribe
+
+        def slow(*arguments: Any, **options: Any) -> Any:
+            taken.set()
+            assert released.wait(20)
+            return known(*arguments, **options)
+
+        monkeypatch.setattr(recognizer, "transcribe", slow)
+        first: list[httpx.Response] = []
+        thread = threading.Thread(target=lambda: first.append(post(served.http, recording())))
+        thread.start()
+        assert taken.wait(20)
+        refused = post(served.http, recording())
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+        assert refused.headers["retry-after"]
+        socket = begin(served.native)  # live clients do not wait behind a recording
+        socket.send(s16(spell("live")))
+        assert [final["text"] for final in finished(socket)] == ["live"]
+        released.set()
+        thread.join(20)
+        assert first[0].json() == {"text": "one two three"}
+
+
+def test_an_upload_is_bounded_in_size_and_in_what_it_unpacks_to() -> None:
+    bomb = recording(np.zeros(RATE * 300, np.float32), "FLAC")
+    assert len(bomb) < 50_000
+    with serving(limits=Limits(upload_bytes=60_000, audio_seconds=60)) as served:
+        unpacked = post(served.http, bomb)
+        assert (unpacked.status_code, unpacked.json()["error"]["code"]) == (413, "too_long")
+        large = post(served.http, os.urandom(100_000))
+        assert (large.status_code, large.json()["error"]["code"]) == (413, "too_large")
+        endless = HTTP.post(
+            f"{served.http}/v1/audio/transcriptions",
+            content=(b"x" * 10_000 for _ in range(1000)),
+            headers={"content-type": "multipart/form-data; boundary=b"},
+        )
+        assert endless.status_code == 413
+        assert post(served.http, recording(spell("small"))).json() == {"text": "small"}
+
+
+def test_an_upload_that_trickles_is_cut_off() -> None:
+    with serving(limits=Limits(upload_patience=0.5)) as served, wire(served.http) as raw:
+        raw.sendall(
+            b"POST /v1/audio/transcriptions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n"
+            b"content-type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
+        )
+        assert raw.recv(65536).startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.parametrize("list_file", ["#EXTM3U\n#EXTINF:1,\n{path}\n", "ffconcat version 1.0\nfile {path}\n"])
+@pytest.mark.parametrize("before", [b"", b"ID3\x04\0\0\0\0\0\0"])
+def test_a_playlist_does_not_open_files_of_the_server(
+    server: Served, tmp_path: Path, list_file: str, before: bytes
+) -> None:
+    secret = tmp_path / "secret.wav"
+    secret.write_bytes(recording(spell("secret")))
+    reply = post(server.http, before + list_file.format(path=secret).encode())
+    assert reply.status_code == 400
+    assert "secret" not in reply.text
+
+
+def test_a_failure_inside_tells_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    recognizer = toy_recognizer()
+    with serving(recognizer) as served:
+
+        def broken(*_: Any, **__: Any) -> Any:
+            raise RuntimeError("/home/secret/model is broken")
+
+        monkeypatch.setattr(recognizer, "transcribe", broken)
+        reply = post(served.http, recording())
+        assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal")
+        assert "secret" not in reply.text
+    assert "/home/secret/model is broken" in capsys.readouterr().err
