@@ -23,6 +23,8 @@ class EndpointConfig:
         vad: what tells speech from silence: "energy", or "silero" (extra [vad]).
         blanks: whether the streaming network takes part, live. It must have written nothing where a pause is cut;
             and where it has written nothing for twice as long as a pause, it is one, whatever sounds there.
+        reset: whether the streaming network forgets voice and room in a pause that it cuts. Kept, they help with
+            sentences; networks that were trained on single words read those better without.
     """
 
     trailing_silence: float = 0.8
@@ -30,6 +32,7 @@ class EndpointConfig:
     max_segment: float = 30.0
     vad: str = "energy"
     blanks: bool = True
+    reset: bool = False
 
     def __post_init__(self) -> None:
         if not 0.2 <= self.trailing_silence <= 10:
@@ -58,7 +61,8 @@ class Endpointer:
         self._max = round(config.max_segment * SAMPLE_RATE)
         self._search = min(_SEARCH, self._max // 2)
         self._detector = open_detector(config.vad, self._trailing)
-        self._blanks = config.blanks
+        self._blanks, self._reset = config.blanks, config.reset
+        self.restart = False  # whether the network shall start anew, now that the last cut was found
         self._rest = np.zeros(0, np.float32)  # samples of an unfinished unit
         self._levels: list[float] = []  # dB of the frames that a cut may fall on
         self._now = 0  # samples judged
@@ -115,6 +119,7 @@ class Endpointer:
                 paused = blank >= silence * 3 // 4
             else:
                 paused, spoken = blank >= 2 * silence, written > self._last_cut
+        self.restart = self._reset and paused
         if paused and length >= silence and (spoken or length >= self._leading):
             return self._now - silence * 3 // 4, self._now - silence // 4
         if length >= self._max:

@@ -82,7 +82,7 @@ def align_words(reference: str, hypothesis: str) -> list[tuple[str | None, str |
 
     said, written = normalize(reference).split(), normalize(hypothesis).split()
     if not said or not written:
-        return [(word, None) for word in said] + [(None, word) for word in written]
+        return list(zip_longest(said, written))
     pairs: list[tuple[str | None, str | None]] = []
     for chunk in jiwer.process_words(" ".join(said), " ".join(written)).alignments[0]:
         pairs += zip_longest(

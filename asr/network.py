@@ -137,17 +137,23 @@ class Network:
         return " ".join("".join([self.tokens[span.token] for span in spans]).split())
 
     def segment(
-        self, hypotheses: Sequence[Hypothesis], start: float, end: float, edge: float = EDGE_SILENCE_SECONDS
+        self,
+        hypotheses: Sequence[Hypothesis],
+        start: float,
+        end: float,
+        levels: np.ndarray,
+        edge: float = EDGE_SILENCE_SECONDS,
     ) -> Segment | None:
         """The segment [start, end), in seconds, that says the first of these; None where that is nothing.
 
-        The frames of the hypotheses begin `edge` seconds before `start`.
+        The frames of the hypotheses begin `edge` seconds before `start`; `levels` are those of its audio
+        (asr.decoding.sound).
         """
         frame = self.engine.samples_per_frame / SAMPLE_RATE
         words = words_from_tokens(hypotheses[0].tokens, self.tokens, start=start, end=end, frame=frame, edge=edge)
         if not words:
             return None
-        words = self._calibration.apply(words, start, end)
+        words = self._calibration.apply(words, start, end, levels)
         texts = [Alternative(text=self.text(h.tokens), score=h.score) for h in hypotheses]
         return Segment(
             text=" ".join(word.text for word in words),

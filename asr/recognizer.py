@@ -12,6 +12,7 @@ from asr.decoding import Decoder, TokenSpan, Word
 from asr.decoding.beam import BeamConfig, BeamSearch
 from asr.decoding.calibration import Calibration, load_calibration
 from asr.decoding.greedy import GreedyDecoder
+from asr.decoding.sound import levels_of
 from asr.endpoint import EndpointConfig, Endpointer
 from asr.errors import AudioError, ConfigError, ModelError
 from asr.network import BATCH_ROWS, Alternative, Network, Segment, Transcript, transcript_of
@@ -144,8 +145,8 @@ class Recognizer:
         hypotheses = chosen.read(audios)
         durations = [len(samples) / SAMPLE_RATE for samples in audios]
         return [
-            transcript_of([chosen.segment(found, 0.0, duration)], duration)
-            for found, duration in zip(hypotheses, durations, strict=True)
+            transcript_of([chosen.segment(found, 0.0, duration, levels_of(samples))], duration)
+            for found, duration, samples in zip(hypotheses, durations, audios, strict=True)
         ]
 
     def stream(
@@ -209,7 +210,8 @@ class Recognizer:
         def read_waiting() -> None:
             hypotheses = network.read([samples for _, samples in waiting])
             for (start, samples), found in zip(waiting, hypotheses, strict=True):
-                segments.append(network.segment(found, *clock.seconds(start, start + len(samples))))
+                times = clock.seconds(start, start + len(samples))
+                segments.append(network.segment(found, *times, levels_of(samples)))
             waiting.clear()
 
         for start, samples in _cut(clock.resample(blocks), self._endpoint):

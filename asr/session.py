@@ -8,6 +8,7 @@ import numpy as np
 
 from asr.audio import EDGE_SILENCE_SECONDS, SAMPLE_RATE, Resampler, to_float
 from asr.decoding import Decoder, Hypothesis
+from asr.decoding.sound import Levels
 from asr.endpoint import EndpointConfig, Endpointer
 from asr.errors import AsrError, ConfigError
 from asr.network import Network, Segment, Transcript, transcript_of
@@ -63,6 +64,7 @@ class Session:
         self._start = 0  # of the open segment, in samples at 16 kHz
         self._cuts: list[int] = []  # found, but not read that far yet
         self._audio: list[np.ndarray] = []  # of the open segment and what follows it, for the second pass
+        self._levels = Levels()  # of the open segment and what follows it
         self._heard: list[np.ndarray] = []  # samples at 16 kHz that fill no block of the network yet
         self._lacking = self._reader.lacking  # until they do
         self._partial, self._partial_frames = "", 0  # the open segment's text, and after how many frames
@@ -165,6 +167,7 @@ class Session:
         """Read what was heard; return the segments that it closes."""
         samples = self._heard[0] if len(self._heard) == 1 else np.concatenate(self._heard)
         self._heard = []
+        self._levels.accept(samples)
         position = self._clock.samples - len(samples)
         closed: list[Segment] = []
         while len(samples):
@@ -177,7 +180,10 @@ class Session:
             if self._second is not None:
                 self._audio.append(piece)
             if self._endpointer:
-                self._cuts += self._endpointer.accept(piece, self._position(self._reader.written))
+                cuts = self._endpointer.accept(piece, self._position(self._reader.written))
+                if cuts and self._endpointer.restart:
+                    self._reader.restart()
+                self._cuts += cuts
                 closed += yield from self._close_at_cuts()
         self._lacking = self._reader.lacking
         return closed
@@ -200,9 +206,10 @@ class Session:
             network, edge = self._second, EDGE_SILENCE_SECONDS
             hypotheses = yield Reread(audio[: end - self._start])
             self._audio = [audio[end - self._start :]]
+        levels = self._levels.take((end - self._start) / SAMPLE_RATE)
         self._start = end
         self._partial_frames = -1  # the text so far was of the segment that is closed
-        segment = network.segment(hypotheses, *times, edge=edge)
+        segment = network.segment(hypotheses, *times, levels, edge)
         found = [] if segment is None else [segment]
         if self._keep:
             self._segments += found

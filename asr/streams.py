@@ -37,6 +37,10 @@ class Streams:
     that a stream that gives much at once gets no more than its turn. Second passes are computed by one thread
     more, one segment after the other: the partial texts of all other streams go on meanwhile.
 
+    Python itself is the limit of many streams. Its cyclic garbage collector finds nothing here, but stops all threads
+    for tens of milliseconds: a process that serves some hundred streams calls `gc.freeze()` once it is up, and
+    `gc.set_threshold(100_000, 20, 100)`.
+
     Args:
         recognizer: a model with a streaming network, opened with `threads=1`: cores are shared out here.
         max_streams: open at once; one more is refused with Overloaded.

@@ -4,18 +4,22 @@
     python -m pipelines.bench_ray transcribe MANIFEST --workers 2 --repeat 20
 
 Plain processes do the same work on equal shares, without Ray and without the decoder's process. A speed is that of
-all but the first tenth of the audio, so that it holds neither start-up nor shutdown; rounds alternate.
+all but the first tenth of the audio, so that it holds neither start-up nor shutdown; rounds alternate. On a machine
+that others use too, compare the processor time: there, more processes get more of it.
 """
 
 import json
 import multiprocessing
+import os
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import typer
 
 from asr.manifest import Utterance, read_manifest
@@ -32,39 +36,94 @@ RoundsOption = Annotated[int, typer.Option(min=1, help="Times that both are meas
 
 
 class Finish(NamedTuple):
-    """So many seconds of audio were finished at `time` (of time.monotonic)."""
+    """So many seconds of audio were finished at `time` (of time.time)."""
 
     time: float
     seconds: float
 
 
-def speed(finishes: Sequence[Finish]) -> float:
-    """Seconds of audio a second, the start left out."""
+class Cost(NamedTuple):
+    """Seconds of audio in a second, and seconds of processor time for an hour of audio."""
+
+    speed: float
+    cpu: float
+
+
+def cost(finishes: Sequence[Finish], cpu: Sequence[tuple[float, float]]) -> Cost:
+    """What the work took, the start left out; `cpu` are times with the processor seconds used until then."""
     ordered = sorted(finishes)
     total = sum(finish.seconds for finish in ordered)
-    seen = 0.0
-    for i, finish in enumerate(ordered):
-        seen += finish.seconds
-        if seen >= _START_SHARE * total:
-            rest = ordered[i + 1 :]
-            return sum(f.seconds for f in rest) / (rest[-1].time - finish.time)
-    raise ValueError("nothing was finished")
+    seen, first = 0.0, 0
+    while seen < _START_SHARE * total:
+        seen += ordered[first].seconds
+        first += 1
+    begin, end, seconds = ordered[first - 1].time, ordered[-1].time, total - seen
+    times = [when for when, _ in cpu]
+    used = np.maximum.accumulate([seconds for _, seconds in cpu])  # a process that has ended is not seen any more
+    spent = float(np.interp(end, times, used) - np.interp(begin, times, used))
+    return Cost(speed=seconds / (end - begin), cpu=spent / seconds * 3600)
 
 
-def compare(plain: Callable[[], list[Finish]], ray: Callable[[], list[Finish]], rounds: int) -> None:
-    """Measure both in turn, and print each round and the median of Ray's share."""
-    shares = []
-    for number in range(rounds):
-        by_plain, by_ray = speed(plain()), speed(ray())
-        shares.append(by_ray / by_plain)
-        print(f"round {number + 1}: plain {by_plain:,.0f}, Ray {by_ray:,.0f} s of audio a second: {shares[-1]:.3f}")
-    print(f"Ray keeps {statistics.median(shares):.3f} of the speed of plain processes (median of {rounds})")
+def compare(plain: Callable[[], Cost], ray: Callable[[], Cost], rounds: int) -> None:
+    """Measure both in turn, and print each round and the medians."""
+    kept, extra = [], []
+    for number in range(1, rounds + 1):
+        a, b = plain(), ray()
+        kept.append(b.speed / a.speed)
+        extra.append(b.cpu / a.cpu)
+        print(
+            f"round {number}: plain {a.speed:,.0f}, Ray {b.speed:,.0f} s of audio a second; "
+            f"plain {a.cpu:.1f}, Ray {b.cpu:.1f} s of processor time for an hour of audio"
+        )
+    print(
+        f"Ray has {statistics.median(kept):.3f} of the speed of plain processes, "
+        f"and {statistics.median(extra):.3f} of their processor time (medians of {rounds})"
+    )
+
+
+def measure(way: Callable[[], list[Finish]]) -> Cost:
+    """What the work takes that `way` does."""
+    samples = [(time.time(), processor_seconds())]
+    ended = threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(1.0):
+            samples.append((time.time(), processor_seconds()))
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        finishes = way()
+    finally:
+        ended.set()
+        sampler.join()
+    return cost(finishes, samples)
+
+
+def processor_seconds() -> float:
+    """Used by this process and all below it that are there now; on Linux."""
+    parents: dict[int, int] = {}
+    ticks: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:  # it ended meanwhile
+            continue
+        number = int(path.parent.name)
+        parents[number], ticks[number] = int(fields[1]), int(fields[11]) + int(fields[12])
+    family = {os.getpid()}
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sum(ticks[number] for number in family) / os.sysconf("SC_CLK_TCK")
 
 
 def _in_processes(work: Callable[..., None], shares: Sequence[Any], *arguments: Any) -> list[Finish]:
-    """Run `work(share, *arguments, finishes)` in a process for each share; what they put into the queue."""
-    finishes = _SPAWN.Queue()
-    processes = [_SPAWN.Process(target=work, args=(share, *arguments, finishes)) for share in shares]
+    """Run `work(share, *arguments, together, finishes)` in a process for each share; what they put into the queue.
+
+    They wait at `together`, so that all begin when all have started up.
+    """
+    finishes, together = _SPAWN.Queue(), _SPAWN.Barrier(len(shares))
+    processes = [_SPAWN.Process(target=work, args=(share, *arguments, together, finishes)) for share in shares]
     for process in processes:
         process.start()
     collected: list[Finish] = []
@@ -80,7 +139,12 @@ def _in_processes(work: Callable[..., None], shares: Sequence[Any], *arguments: 
 
 
 @app.command()
-def prepare(manifest: ManifestArgument, workers: WorkersOption = 2, rounds: RoundsOption = 2) -> None:
+def prepare(
+    manifest: ManifestArgument,
+    workers: WorkersOption = 2,
+    rounds: RoundsOption = 2,
+    shard_seconds: Annotated[float, typer.Option(help="Audio in a shard.")] = 600.0,
+) -> None:
     """Compare `asr prepare` with plain processes that make the same shards."""
     from pipelines.prepare import prepare as run
     from pipelines.prepare import shard_jobs
@@ -90,23 +154,24 @@ def prepare(manifest: ManifestArgument, workers: WorkersOption = 2, rounds: Roun
         def ray() -> list[Finish]:
             out = Path(folder, f"ray-{time.monotonic_ns()}")
             tell(f"prepare with {workers} Ray tasks at a time")
-            run([manifest], out, workers=workers)
+            run([manifest], out, workers=workers, shard_seconds=shard_seconds)
             return _finished_shards(out)
 
         def plain() -> list[Finish]:
             out = Path(folder, f"plain-{time.monotonic_ns()}")
             out.mkdir()
             tell(f"prepare in {workers} plain processes")
-            jobs = shard_jobs(str(manifest), read_manifest(manifest)[0], str(out))
+            jobs = shard_jobs(str(manifest), read_manifest(manifest)[0], str(out), shard_seconds=shard_seconds)
             _in_processes(_make_shards, [jobs[i::workers] for i in range(workers)])
             return _finished_shards(out)
 
-        compare(plain, ray, rounds)
+        compare(lambda: measure(plain), lambda: measure(ray), rounds)
 
 
-def _make_shards(jobs: list, finishes: Any) -> None:
+def _make_shards(jobs: list, together: Any, finishes: Any) -> None:
     from pipelines.shard import make_shard
 
+    together.wait()
     for job in jobs:
         make_shard(job, decode=decode_here)
     finishes.put(None)
@@ -143,23 +208,24 @@ def transcribe(
             tell(f"transcribe {len(rows):,} rows with {workers} Ray actors")
             out = Path(folder, f"ray-{time.monotonic_ns()}")
             results = run([whole], RecognizerOptions(), output_dir=out, workers=workers)
-            return [Finish(time.monotonic(), result.seconds) for result in results]
+            return [Finish(time.time(), result.seconds) for result in results]
 
         def plain() -> list[Finish]:
             tell(f"transcribe {len(rows):,} rows in {workers} plain processes")
             batches = batches_of(rows)
             return _in_processes(_recognize, [batches[i::workers] for i in range(workers)], RecognizerOptions())
 
-        compare(plain, ray, rounds)
+        compare(lambda: measure(plain), lambda: measure(ray), rounds)
 
 
-def _recognize(batches: Sequence[Sequence[Utterance]], options: Any, finishes: Any) -> None:
+def _recognize(batches: Sequence[Sequence[Utterance]], options: Any, together: Any, finishes: Any) -> None:
     from pipelines.predictions import recognize_rows
 
     recognizer = options.load()
+    together.wait()
     for batch in batches:
         for prediction in recognize_rows(recognizer, batch, "offline", decode=decode_here):
-            finishes.put(Finish(time.monotonic(), prediction.seconds))
+            finishes.put(Finish(time.time(), prediction.seconds))
     finishes.put(None)
 
 

@@ -1,14 +1,18 @@
 """`python -m pipelines.bench_train`: what Ray Train adds to a training step, against the same loop under torchrun.
 
-Both run two workers on the same batches of made-up speech, in turns; each step is compared with the same step.
+Both run two workers on the same batches of made-up speech, in turns; each step is compared with the same step. Beside it,
+the processor time that Ray's daemons and the driver take while the workers train, which other load hardly changes.
 """
 
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -28,19 +32,26 @@ def main() -> None:
         folder = Path(temporary)
         _write_data(folder / "data")
         config = _config(folder / "data")
+        os.environ["RAY_TMPDIR"] = str(folder)
         plain: list[float] = []
         ray: list[float] = []
+        shares: list[float] = []
         for i in range(ROUNDS):
             for way in (_under_torchrun, _under_ray)[:: 1 if i % 2 == 0 else -1]:
                 run = folder / f"{way.__name__}{i}"
-                way(config, run)
+                with ThreadPoolExecutor(1) as pool:
+                    share = pool.submit(_share_of_daemons, folder, run) if way is _under_ray else None
+                    way(config, run)
+                    if share:
+                        shares.append(share.result())
                 (ray if way is _under_ray else plain).extend(_step_seconds(run))
         ratios = [r / p for r, p in zip(ray, plain, strict=True)]
         low, high = np.percentile(_medians_of_samples(ratios), [2.5, 97.5])
         print(
             f"{WORKERS} workers, {len(ratios)} steps each: torchrun {median(plain) * 1000:.0f} ms a step, "
             f"Ray Train {median(ray) * 1000:.0f} ms; the same step takes {median(ratios) - 1:+.1%} under Ray "
-            f"(95 % of resamples: {low - 1:+.1%} to {high - 1:+.1%})"
+            f"(95 % of resamples: {low - 1:+.1%} to {high - 1:+.1%}); "
+            f"daemons and driver take {', '.join(f'{s:.2%}' for s in shares)} of the workers' processor time"
         )
 
 
@@ -102,9 +113,43 @@ def _under_ray(config: TrainConfig, run: Path) -> None:
     train_on_ray(config, run, (WORKERS, WORKERS), None)
 
 
+def _share_of_daemons(folder: Path, run: Path) -> float:
+    """Processor time of Ray's other processes and this one, by that of the workers, from WARM_UP to the last step."""
+    while len(_rows(run, "step")) < WARM_UP:
+        time.sleep(0.2)
+    (start,) = _rows(run, "start")
+    workers = {int(number) for number in re.findall(r"process (\d+)", start["workers"])}
+    before = _processor_seconds(folder)
+    while _rows(run, "step")[-1]["step"] < 0.95 * start["total"]:  # before the end, where Ray takes all down
+        time.sleep(0.2)
+    spent = {process: seconds - before.get(process, 0.0) for process, seconds in _processor_seconds(folder).items()}
+    others = sum(seconds for process, seconds in spent.items() if process not in workers)
+    return others / sum(spent[worker] for worker in workers)
+
+
+def _processor_seconds(folder: Path) -> dict[int, float]:
+    """User and system time of this process and of those that Ray started for it."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            ours = f"RAY_TMPDIR={folder}".encode() in (process / "environ").read_bytes().split(b"\0")
+            if ours or process.name == str(os.getpid()):
+                times = (process / "stat").read_text().rpartition(")")[2].split()
+                found[int(process.name)] = (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
+        except OSError:  # it ended meanwhile
+            continue
+    return found
+
+
+def _rows(run: Path, kind: str) -> list[dict]:
+    log = run / "log.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.is_file() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [row for row in rows if row["kind"] == kind]
+
+
 def _step_seconds(run: Path) -> list[float]:
-    rows = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps = [row for row in rows if row["kind"] == "step"]
+    steps = _rows(run, "step")
     heard = [0.0, *(row["audio_hours"] * 3600 for row in steps)]
     return [(heard[i + 1] - heard[i]) / row["speed"] for i, row in enumerate(steps)][WARM_UP:]
 

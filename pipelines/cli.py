@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from asr.errors import AsrError
-from pipelines.commands import inside, recognize, serve, training  # noqa: F401 (they add themselves to `app`)
+from pipelines.commands import evaluate, inside, recognize, serve, training  # noqa: F401 (they add themselves to `app`)
 from pipelines.commands.options import app, complain, tell
 
 EXAMPLES = """
@@ -31,7 +31,17 @@ Train a model on recordings of your own:
 """
 
 
-TRAIN_PACKAGES = {"torch", "torchaudio", "ray", "pyarrow", "safetensors", "tensorboard", "onnx", "librosa", "matplotlib"}
+TRAIN_PACKAGES = {
+    "torch",
+    "torchaudio",
+    "ray",
+    "pyarrow",
+    "safetensors",
+    "tensorboard",
+    "onnx",
+    "librosa",
+    "matplotlib",
+}
 
 
 @app.callback(invoke_without_command=True, epilog=EXAMPLES)

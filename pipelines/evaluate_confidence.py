@@ -14,7 +14,7 @@ from asr.text import normalize
 from pipelines.evaluate import Outcome
 
 _BINS = 10
-_RIDGE = 1e-3  # a word: keeps the weights finite where one of them alone parts right words from wrong ones
+_RIDGE = 1e-5  # a word: keeps the weights finite where one of them alone parts right words from wrong ones
 _STEPS = 50
 _FEWEST_WORDS = 50  # to fit on, and to report on
 
@@ -99,8 +99,8 @@ def fit_confidence(outcomes: Sequence[Outcome]) -> tuple[tuple[float, ...], Reli
     for name, half in (("fit on", fitted), ("report on", ~fitted)):
         if half.sum() < _FEWEST_WORDS or len(np.unique(right[half])) < 2:
             raise ConfigError(
-                f"--calibrate: {half.sum()} words of half of the speakers to {name}, {right[half].sum()} of them right: "
-                f"needs {_FEWEST_WORDS}, right and wrong ones; give more speech of more speakers"
+                f"--calibrate: {half.sum()} words of half of the speakers to {name}, {right[half].sum()} of them "
+                f"right: needs {_FEWEST_WORDS}, right and wrong ones; give more speech of more speakers"
             )
     seen = evidence(words)
     weights = logistic(seen[fitted], right[fitted])

@@ -1,8 +1,8 @@
-"""`asr evaluate --latency`: how soon words are shown and final after they were spoken, and what that costs in errors."""
+"""`asr evaluate --latency`: how soon words are shown and final after they were spoken, and at what word error rate."""
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from asr.audio import EDGE_SILENCE_SECONDS, SAMPLE_RATE
 from asr.decoding import Word
 from asr.decoding.calibration import load_calibration
+from asr.decoding.sound import levels_of
 from asr.errors import AudioError, ConfigError, Problem, TextError
 from asr.manifest import Utterance, read_manifest
 from asr.metrics import ErrorCounts, align_words, count_errors
@@ -29,14 +30,6 @@ _PIECE_SECONDS = 60.0
 _LAST_PAUSE = 3.0  # seconds after a piece, in which its last words become final
 _FEED = SAMPLE_RATE // 100  # samples: text is looked at so often
 _EDGE = np.zeros(round(EDGE_SILENCE_SECONDS * SAMPLE_RATE), np.float32)
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 760, 420, 60, 50  # of the figure, in pixels
-_HEADS = ("look-ahead", "block", "WER %", "words", "shown p50", "p90", "p99", "final p50", "p90", "p99", "changed %")
-_COLOURS = ("#2f5fa8", "#b3431f", "#2e7d4f", "#7a3fa0", "#8a6d00", "#a0306b")
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 900px; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse } td, th { padding: .15em 1em .15em 0; text-align: right; font-variant-numeric: tabular-nums }
-td:first-child, th:first-child { text-align: left } svg { width: 100%; height: auto } svg text { font-size: 12px; fill: #444 }
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +113,7 @@ class Aligner:
         self._calibration = load_calibration(folder, "greedy")
 
     def words(self, samples: np.ndarray, text: str) -> list[Word]:
-        """Each word of the normalised text with its times; none where the text does not fit the audio, (n,) at 16 kHz."""
+        """Each word of the normalised text with its times; none where the text does not fit the audio, (n,) 16 kHz."""
         import torch
         from torchaudio.functional import forced_align
 
@@ -129,21 +122,21 @@ class Aligner:
         except TextError:
             return []
         log_probs = self._log_probs(np.concatenate([_EDGE, samples, _EDGE]))
-        repeats = sum(a == b for a, b in zip(tokens, tokens[1:], strict=False))
+        repeats = sum(a == b for a, b in pairwise(tokens))
         if not tokens or len(tokens) + repeats > len(log_probs):
             return []
         path, _ = forced_align(torch.from_numpy(log_probs)[None], torch.tensor([tokens], dtype=torch.int32))
-        frame = self._engine.samples_per_frame / SAMPLE_RATE
+        frame, duration = self._engine.samples_per_frame / SAMPLE_RATE, len(samples) / SAMPLE_RATE
         spans = _token_frames(path[0].numpy())
         assert len(spans) == len(tokens)
         words: list[Word] = []
         position = 0
         for word in normalize(text).split():
             first, after = spans[position][0], spans[position + len(word) - 1][1]
-            start, end = (max(t * frame - EDGE_SILENCE_SECONDS, 0.0) for t in (first, after))
+            start, end = (min(max(t * frame - EDGE_SILENCE_SECONDS, 0.0), duration) for t in (first, after))
             words.append(Word(text=word, start=start, end=end, confidence=1.0))
             position += len(word) + 1  # and the space
-        return self._calibration.apply(words, 0.0, len(samples) / SAMPLE_RATE)
+        return self._calibration.apply(words, 0.0, duration, levels_of(samples))
 
     def _log_probs(self, audio: np.ndarray) -> np.ndarray:
         engine = self._engine
@@ -155,81 +148,6 @@ class Aligner:
             return whole[0]
         rest, _ = engine.step(np.zeros((1, engine.latency_frames * frame), np.float32), state, True)
         return np.concatenate([whole[0], rest[0]])[engine.latency_frames :]
-
-
-def latency_table(results: Sequence[Latency]) -> str:
-    """The figures as lines to read; times in milliseconds."""
-    width = max(len(result.model) for result in results)
-    lines = [" " * width + "".join(f"{head:>{max(len(head), 5) + 2}}" for head in _HEADS)]
-    for result in results:
-        cells = _cells(result)
-        lines.append(
-            f"{result.model:<{width}}"
-            + "".join(f"{cell:>{max(len(head), 5) + 2}}" for head, cell in zip(_HEADS, cells, strict=True))
-        )
-    return "\n".join(lines) + "\n"
-
-
-def latency_page(results: Sequence[Latency], about: str) -> str:
-    """One figure, a point for each model and block size, with the table below; HTML that opens without a network."""
-    shown = [result for result in results if len(result.partials)]
-    milliseconds = [1000 * float(np.percentile(r.partials, p)) for r in shown for p in (50, 90)]
-    rates = [100 * r.errors.wer for r in shown]
-    low, high = min([0.0, *milliseconds]), max([400.0, *milliseconds]) * 1.05
-    bottom, top = (min(rates) * 0.95, max(rates) * 1.05 + 0.1) if rates else (0.0, 1.0)
-
-    def x(value: float) -> float:
-        return _LEFT + (value - low) / (high - low) * (_WIDTH - _LEFT - 20)
-
-    def y(value: float) -> float:
-        return 20 + (top - value) / (top - bottom) * (_HEIGHT - _BOTTOM - 20)
-
-    parts = []
-    for value in np.linspace(bottom, top, 6):
-        parts.append(f'<path d="M{_LEFT} {y(value):.1f}H{_WIDTH - 20}" stroke="#e3e3e3"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.1f}</text>')
-    for value in range(int(np.ceil(low / 100)) * 100, int(high) + 1, 100):
-        parts.append(f'<text x="{x(value):.1f}" y="{_HEIGHT - 30}" text-anchor="middle">{value}</text>')
-    models = list(dict.fromkeys(result.model for result in shown))
-    for result in shown:
-        colour = _COLOURS[models.index(result.model) % len(_COLOURS)]
-        middle, late = (1000 * float(np.percentile(result.partials, p)) for p in (50, 90))
-        height = y(100 * result.errors.wer)
-        label = f"{1000 * result.block:.0f} ms"
-        parts.append(f'<path d="M{x(middle):.1f} {height:.1f}H{x(late):.1f}" stroke="{colour}" stroke-width="2"/>')
-        parts.append(f'<circle cx="{x(middle):.1f}" cy="{height:.1f}" r="5" fill="{colour}"/>')
-        parts.append(f'<text x="{x(middle) + 7:.1f}" y="{height - 6:.1f}">{label}</text>')
-    for i, model in enumerate(models):
-        ahead = next(1000 * r.look_ahead for r in shown if r.model == model)
-        said = html.escape(f"{model}, {ahead:.0f} ms of look-ahead")
-        parts.append(f'<text x="{_WIDTH - 20}" y="{16 + 16 * i}" text-anchor="end" style="fill:{_COLOURS[i % 6]}">{said}</text>')
-    parts.append(
-        f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 8}" text-anchor="middle">'
-        "from the end of a word until it is first shown, ms: a dot at the median, a line to the 90th percentile</text>"
-        f'<text x="4" y="14">WER %</text>'
-    )
-    rows = "".join(
-        f"<tr><td>{html.escape(r.model)}</td>" + "".join(f"<td>{cell}</td>" for cell in _cells(r)) + "</tr>" for r in results
-    )
-    return (
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>Accuracy against latency</title>\n'
-        f"<style>{_STYLE}</style>\n<h1>Accuracy against latency</h1>\n<p>{html.escape(about)}</p>\n"
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="Word error rate against latency; the table below '
-        f'has the figures">{"".join(parts)}</svg>\n<p>Labels are block sizes. Times are of the stream, in milliseconds; '
-        "computing is not counted. A negative time: the word was guessed before its end. “changed” is the share of words "
-        f"shown that were taken back.</p>\n<table><tr><th>model</th>{''.join(f'<th>{head}</th>' for head in _HEADS)}</tr>"
-        f"{rows}</table>\n</html>\n"
-    )
-
-
-def _cells(result: Latency) -> list[str]:
-    found = result.figures()
-    times = [found[f"{name}_p{p}"] for name in ("first_partial", "final") for p in (50, 90, 99)]
-    return [
-        f"{1000 * result.look_ahead:.0f}", f"{1000 * result.block:.0f}", f"{100 * result.errors.wer:.2f}",
-        str(len(result.partials)), *("–" if t is None else f"{1000 * t:.0f}" for t in times),
-        f"{100 * result.stability.share:.2f}",
-    ]  # fmt: skip
 
 
 def _measure(recognizer: "Recognizer", model: str, block: int, pieces: Sequence[_Piece]) -> Latency:
@@ -339,4 +257,4 @@ def _piece(
 def _token_frames(path: np.ndarray) -> list[tuple[int, int]]:
     """(first frame, frame after the last) of each token that a path writes; repeats are joined, blanks dropped."""
     edges = [0, *(np.flatnonzero(np.diff(path)) + 1).tolist(), len(path)]
-    return [(a, b) for a, b in zip(edges, edges[1:], strict=False) if path[a] != 0]
+    return [(a, b) for a, b in pairwise(edges) if path[a] != 0]

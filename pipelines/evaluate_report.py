@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -67,13 +68,13 @@ def wer_interval(
 ) -> tuple[float, float] | None:
     """The 95 % bootstrap interval of the word error rate: how far it would move with other speech of this kind.
 
-    Whole speakers are drawn (one who is not named counts as one utterance): the errors of a speaker are not independent.
+    Whole speakers are drawn, since the errors of one are not independent; one without a name counts as one utterance.
     None with fewer than two of them, or without a word.
     """
     units: dict[object, np.ndarray] = {}
     for i, (count, speaker) in enumerate(zip(counts, speakers, strict=True)):
         unit = i if speaker is None else speaker
-        units[unit] = units.get(unit, np.zeros(2)) + (count.word_errors, count.words)
+        units[unit] = units.get(unit, np.zeros(2)) + np.array([count.word_errors, count.words])
     if len(units) < 2 or not any(count.words for count in counts):
         return None
     drawn = np.random.default_rng(seed).multinomial(len(units), np.full(len(units), 1 / len(units)), size=_RESAMPLES)
@@ -95,11 +96,14 @@ def _grouped(names: Sequence[str], counts: Sequence[ErrorCounts]) -> list[dict[s
     groups: dict[str, list[ErrorCounts]] = {}
     for name, count in zip(names, counts, strict=True):
         groups.setdefault(name, []).append(count)
-    return [{"name": name, "utterances": len(group), **_figures(sum(group, ErrorCounts()))} for name, group in groups.items()]
+    return [
+        {"name": name, "utterances": len(group), **_figures(sum(group, ErrorCounts()))}
+        for name, group in groups.items()
+    ]
 
 
 def _by_length(outcomes: Sequence[Outcome], counts: Sequence[ErrorCounts]) -> list[dict[str, Any]]:
-    edges = [f"under {_LENGTHS[0]}", *(f"{a} to {b}" for a, b in zip(_LENGTHS, _LENGTHS[1:], strict=False))]
+    edges = [f"under {_LENGTHS[0]}", *(f"{a} to {b}" for a, b in pairwise(_LENGTHS))]
     edges += [f"{_LENGTHS[-1]} and more", "unknown"]
     seconds = [_seconds(outcome) for outcome in outcomes]
     places = [len(edges) - 1 if s is None else int(np.searchsorted(_LENGTHS, s, "right")) for s in seconds]

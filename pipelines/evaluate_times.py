@@ -8,7 +8,8 @@ import numpy as np
 
 from asr.audio import SAMPLE_RATE
 from asr.decoding import Word
-from asr.decoding.calibration import length
+from asr.decoding.calibration import Calibration
+from asr.decoding.sound import levels_of, sounds
 from asr.errors import AudioError, ConfigError, Problem
 from asr.manifest import read_manifest
 from asr.text import normalize
@@ -16,14 +17,11 @@ from pipelines.evaluate import read_row
 from pipelines.evaluate_live import join, lay_out
 from pipelines.transcribe import RecognizerOptions
 
-_FRAME = SAMPLE_RATE // 100  # samples
 _PIECE_SECONDS = 20.0
-_NOISE_DECIBELS, _PEAK_DECIBELS = 8.0, 32.0  # speech is so far above the noise and no further below the peak
-_CLEAR_DECIBELS = 20.0  # from noise to peak: below, the edges of speech are not known
 _MARGIN = 0.03  # seconds of a recording before and after its speech; with less it may be cut off
 _REACH = 0.5  # seconds: a word so far outside its recording is not taken for its
 _FEWEST = 20  # boundaries, to fit on
-_ROUNDS = 50
+_SOUND = 0.4  # seconds: how far words are moved to where a sound begins or ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,23 +63,14 @@ def speech_edges(samples: np.ndarray) -> tuple[float, float] | None:
 
     None where it is not clear: much noise, or the recording begins or ends in the midst of speech.
     """
-    if len(samples) < 10 * _FRAME:
+    starts, ends = sounds(levels_of(samples))
+    if not len(starts) or np.isnan([starts[0], ends[-1]]).any():
         return None
-    frames = samples[: len(samples) // _FRAME * _FRAME].reshape(-1, _FRAME).astype(np.float64)
-    loudness = np.convolve(10 * np.log10(np.square(frames).mean(axis=1) + 1e-10), np.ones(3) / 3, "same")
-    noise, peak = np.percentile(loudness[1:-1], (10, 98))
-    loud = np.flatnonzero(loudness > max(noise + _NOISE_DECIBELS, peak - _PEAK_DECIBELS))
-    if peak - noise < _CLEAR_DECIBELS or not len(loud):
-        return None
-    start, end = loud[0] * _FRAME / SAMPLE_RATE, (loud[-1] + 1) * _FRAME / SAMPLE_RATE
-    if start < _MARGIN or end > len(samples) / SAMPLE_RATE - _MARGIN:
-        return None
-    return float(start), float(end)
+    start, end = float(starts[0]), float(ends[-1])
+    return (start, end) if start >= _MARGIN and end <= len(samples) / SAMPLE_RATE - _MARGIN else None
 
 
-def word_times(
-    manifests: Sequence[Path], options: RecognizerOptions, network: str
-) -> tuple[Boundaries, list[Problem]]:
+def word_times(manifests: Sequence[Path], options: RecognizerOptions, network: str) -> tuple[Boundaries, list[Problem]]:
     """Lay out the recordings of each speaker with pauses, recognize them, and compare the times at their borders.
 
     Raises:
@@ -108,10 +97,8 @@ def word_times(
     return Boundaries(recordings=recordings, starts=tuple(starts), ends=tuple(ends)), problems
 
 
-def fit_times(found: Boundaries) -> tuple[float, tuple[float, ...]]:
-    """The start_shift and end_shift of `asr.decoding.calibration.Calibration`, from words as the decoder gives them.
-
-    The median, and regression to the median: a few words far off do not count for more.
+def fit_times(found: Boundaries) -> Calibration:
+    """Shifts by the median error, from words as the decoder gives them.
 
     Raises:
         ConfigError: too few words were recognized.
@@ -119,16 +106,10 @@ def fit_times(found: Boundaries) -> tuple[float, tuple[float, ...]]:
     if len(found.starts) < _FEWEST or len(found.ends) < _FEWEST:
         raise ConfigError(
             f"--times --calibrate: {len(found.starts)} first and {len(found.ends)} last words of {found.recordings} "
-            f"recordings were recognized: needs {_FEWEST}; give more speech"
+            f"recordings were recognized: needs {_FEWEST} of each; give more speech"
         )
-    features = length([word for word, _ in found.ends])
-    weights = np.array([-np.median(found.end_errors), 0.0, 0.0])
-    for _ in range(_ROUNDS):  # least absolute distances by weighted least squares
-        distances = np.abs(features @ weights + found.end_errors)
-        weighted = features.T / np.maximum(distances, 0.01)
-        ridge = 1e-3 * len(features) * np.eye(3)
-        weights = np.linalg.solve(weighted @ features + ridge, -weighted @ found.end_errors)
-    return float(-np.median(found.start_errors)), tuple(weights.tolist())
+    starts, ends = (-float(np.median(errors)) for errors in (found.start_errors, found.end_errors))
+    return Calibration(start_shift=round(starts, 3), end_shift=round(ends, 3), reach=_SOUND)
 
 
 _Placed = tuple[str, tuple[float, float], tuple[float, float]]

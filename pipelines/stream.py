@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _BLOCK_SECONDS = 0.1
 _BEHIND_SECONDS = 1.0  # lag that is told; below half of it, that it is over
 _QUEUE_SECONDS = 30.0  # audio that may wait for a slow recognizer before it is dropped and counted
+_DEAD_SECONDS = 5.0  # without any audio: not even a quiet room is so silent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ class FileSource:
 
 
 class MicrophoneSource:
-    """A microphone through PortAudio, at 16 kHz, or at its own rate where it refuses that.
+    """A microphone through PortAudio: at 16 kHz and mono, or at its own rate and channels where it refuses that.
 
     Args:
         device: number or part of the name, as `devices()` lists them; None: the system's default.
@@ -93,17 +94,22 @@ class MicrophoneSource:
             raise AsrError(
                 f"no microphone {device!r} ({error}); `asr stream --list-devices` shows what there is"
             ) from error
-        self.sample_rate = SAMPLE_RATE
-        try:
-            self._sounddevice.check_input_settings(device, channels=1, samplerate=SAMPLE_RATE, dtype="float32")
-        except self._sounddevice.PortAudioError:
-            self.sample_rate = int(own["default_samplerate"])
+        rate = int(own["default_samplerate"])
+        # where it takes none of them, opening it with the last one tells why
+        for self.sample_rate, self._channels in ((SAMPLE_RATE, 1), (rate, 1), (rate, own["max_input_channels"])):
+            try:
+                self._sounddevice.check_input_settings(
+                    device, channels=self._channels, samplerate=self.sample_rate, dtype="float32"
+                )
+                break
+            except self._sounddevice.PortAudioError:
+                continue
 
     def blocks(self) -> Generator[Block, None, None]:
         """Blocks of a tenth of a second, until the device stops.
 
         Raises:
-            AsrError: the device cannot be opened, or stops by itself.
+            AsrError: the device cannot be opened, or stops by itself, or gives nothing for 5 s.
         """
         waiting: queue.Queue[Block] = queue.Queue(maxsize=round(_QUEUE_SECONDS / _BLOCK_SECONDS))
 
@@ -111,7 +117,7 @@ class MicrophoneSource:
             if status.input_overflow:
                 self.lost += 1
             try:
-                waiting.put_nowait(Block(samples=data[:, 0].copy(), captured=time.monotonic()))
+                waiting.put_nowait(Block(samples=data.mean(axis=1), captured=time.monotonic()))
             except queue.Full:
                 self.lost += 1
 
@@ -120,15 +126,17 @@ class MicrophoneSource:
                 samplerate=self.sample_rate,
                 blocksize=round(_BLOCK_SECONDS * self.sample_rate),
                 device=self._device,
-                channels=1,
+                channels=self._channels,
                 dtype="float32",
                 callback=captured,
             ) as stream:
+                heard = time.monotonic()
                 while True:
                     try:
-                        yield waiting.get(timeout=1.0)
+                        yield waiting.get(timeout=min(1.0, _DEAD_SECONDS))
+                        heard = time.monotonic()
                     except queue.Empty:
-                        if not stream.active:
+                        if not stream.active or time.monotonic() - heard > _DEAD_SECONDS:
                             raise AsrError("the microphone stopped; is it still plugged in?") from None
         except self._sounddevice.PortAudioError as error:
             raise AsrError(f"the microphone cannot be opened at {self.sample_rate} Hz: {error}") from error

@@ -25,14 +25,14 @@ def ray_folder() -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", str(folder))
         patch.delenv("RAY_ADDRESS", raising=False)
-        yield folder
-    stop_decoder()
-    try:
-        wait_until(lambda: not processes_of(folder), "Ray's processes have ended", seconds=60)
-    finally:
-        for process in processes_of(folder):
-            os.kill(process, signal.SIGKILL)
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            yield folder
+            stop_decoder()
+            wait_until(lambda: not processes_of(folder), "Ray's processes have ended", seconds=60)
+        finally:  # also where a test failed
+            for process in processes_of(folder):
+                os.kill(process, signal.SIGKILL)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def processes_of(folder: Path) -> list[int]:

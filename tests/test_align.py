@@ -152,3 +152,16 @@ def test_features_alone_cannot_be_aligned(aligned: tuple[Path, list[list[str]]],
     (tmp_path / "dataset.json").write_text(json.dumps(info | {"store": "features", "shards": []}))
     with pytest.raises(ConfigError, match="needs audio"):
         align(tmp_path)
+
+
+def test_training_on_phone_states_asks_for_them(aligned: tuple[Path, list[list[str]]], tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("dataset.json", "shard-00000.arrow"):
+        (bare / name).write_bytes((aligned[0] / name).read_bytes())
+    config = tone_config(bare, alignment_weight=1.0)
+    with pytest.raises(ConfigError, match="asr align"):
+        run_training(config, tmp_path / "run")
+    without = dataclasses.replace(config.model, phone_layer=0)
+    with pytest.raises(ConfigError, match="phone_layer is 0"):
+        run_training(dataclasses.replace(config, model=without), tmp_path / "run")

@@ -17,7 +17,7 @@ import pytest
 import soundfile
 import yaml
 from jobs import REPOSITORY, ray_folder, wait_until
-from test_training import changed, log_rows, losses, tone_config, write_corpus
+from test_training import WORDS, changed, log_rows, losses, tone_config, write_corpus
 
 from asr.config import TrainConfig, to_toml
 
@@ -116,15 +116,17 @@ def finish(job: subprocess.Popen, made: Cluster) -> None:
 
 
 def recordings(folder: Path, manifests: int, rows: int) -> list[Path]:
-    """Manifests whose rows are ten seconds of tones, all of the same few files."""
+    """Manifests whose rows are ten seconds of tones, each a word, all of the same three files."""
     folder.mkdir()
     rng = np.random.default_rng(0)
-    for i, pitch in enumerate((200.0, 800.0, 2_400.0)):
-        tone = 0.3 * np.sin(2 * np.pi * pitch * np.arange(160_000) / 16_000) + 0.003 * rng.standard_normal(160_000)
-        soundfile.write(folder / f"{i}.wav", tone, 16_000)
-    made = []
+    texts, made = [], []
+    for i in range(3):
+        words = rng.choice(list(WORDS), 25)
+        at = np.arange(6_400) / 16_000
+        tones = np.concatenate([np.sin(2 * np.pi * WORDS[word] * at) * np.hanning(6_400) for word in words])
+        soundfile.write(folder / f"{i}.wav", 0.3 * tones + 0.003 * rng.standard_normal(len(tones)), 16_000)
+        texts.append(" ".join(words))
     for m in range(manifests):
-        texts = ("low", "mid", "high")
         lines = [
             {"id": f"{m}-{r}", "audio_filepath": f"../{r % 3}.wav", "text": texts[r % 3], "duration": 10.0}
             for r in range(rows)
@@ -151,7 +153,10 @@ def test_prepare_train_and_transcribe_each_lose_a_node_and_nothing_else(tmp_path
         assert json.loads((data / "dataset.json").read_text())["utterances"] == 240
 
         third = made.add_node()
-        config = tone_config(data, epochs=4, batch_seconds=30.0, checkpoint_steps=10, hang_seconds=60.0)
+        # a low rate, so that differences of rounding between one worker and two do not grow
+        config = tone_config(
+            data, epochs=4, batch_seconds=30.0, checkpoint_steps=10, hang_seconds=60.0, learning_rate=1e-4
+        )
         config = changed(config, "features", bands=80)
         config = changed(config, "data", dev_minutes=1.0)
         (tmp_path / "c.toml").write_text(to_toml(config))
@@ -175,7 +180,7 @@ def test_prepare_train_and_transcribe_each_lose_a_node_and_nothing_else(tmp_path
         finish(job, made)
         texts = {path.name: path.read_text() for path in out.glob("*.txt")}
         assert set(texts) == {path.with_suffix(".txt").name for path in files}
-        assert len(set(texts.values())) <= 3, "copies of a recording have the same text"
+        assert all(texts[f"copy{i}.txt"] == texts[f"{i % 3}.txt"] for i in range(60))
 
 
 def copies(folder: Path, count: int) -> list[Path]:
@@ -195,12 +200,18 @@ def workers(run: Path) -> list[int]:
 
 
 def assert_curve_of_one_process(config: TrainConfig, run: Path, folder: Path) -> None:
-    """The losses of all steps, whatever the number of workers that took each: within 1 in 1000."""
+    """The losses of all steps, whatever the number of workers that took each.
+
+    The first 100, among them those done again without the lost node, agree to 1 in 100,000; then differences of
+    rounding grow, as in any training (to 5 in 10,000 where this was written).
+    """
     command = [sys.executable, "-m", "asr.training", str(folder / "c.toml"), "--out", str(folder / "alone")]
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, timeout=PATIENCE_SECONDS)
     alone, together = losses(folder / "alone"), losses(run)
     assert alone.keys() == together.keys()
-    assert all(abs(alone[s] - together[s]) <= 1e-3 * max(alone[s], 0.1) for s in alone), (alone, together)
+    differences = [abs(alone[s] / together[s] - 1) for s in sorted(alone)]
+    assert max(differences[:100]) < 1e-5
+    assert max(differences) < 1e-2
     batches = {row["step"]: (row["epoch"], row["batch"]) for row in log_rows(run, "step")}
     assert list(dict(sorted(batches.items())).values()) == sorted(set(batches.values()))
 

@@ -84,6 +84,28 @@ def test_unreadable_rows_are_named_and_their_words_are_deletions(
     assert (result["words"], result["deletions"], result["wer"]) == (5, 3, 3 / 5)
 
 
+@pytest.mark.parametrize("join", [None, 60.0])
+@pytest.mark.parametrize("network", ["offline", "streaming"])
+def test_whatever_is_wrong_with_a_recording_its_words_are_deletions(
+    tmp_path: Path, network: str, join: float | None
+) -> None:
+    path = manifest(tmp_path / "m.jsonl", *[("lost words", "lost words")] * 5, ("good", "good"))
+    (tmp_path / "m-0.wav").unlink()
+    (tmp_path / "m-1.wav").write_bytes(b"RIFF")
+    (tmp_path / "m-2.wav").write_text("this is no audio")
+    soundfile.write(tmp_path / "m-3.wav", np.full(RATE, np.nan, np.float32), RATE, subtype="FLOAT")
+    soundfile.write(tmp_path / "m-4.wav", np.zeros(0), RATE)
+    seen: list[str] = []
+    scores, problems = evaluate(
+        [path], ToyOptions(), network=network, join_seconds=join, on_utterance=lambda o: seen.append(o.reference)
+    )
+    assert scores[0].errors.words == 11
+    assert scores[0].errors.deletions == 10
+    assert scores[0].utterances == 6
+    assert {p.where for p in problems} >= {f"{path}:{line}" for line in (1, 2, 3)}
+    assert " ".join(seen).split() == ["lost", "words"] * 5 + ["good"]
+
+
 def test_a_bad_manifest_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = manifest(tmp_path / "good.jsonl", ("yes", "yes"))
     assert run(tmp_path / "none.jsonl", good) == 1

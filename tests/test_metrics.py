@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asr.metrics import ErrorCounts, count_errors
+from asr.metrics import ErrorCounts, align_words, count_errors
 from asr.text import normalize
 
 texts = st.lists(st.text("ab'", min_size=1, max_size=3), max_size=8).map(" ".join)
@@ -66,3 +66,17 @@ def test_counts_add_up_so_that_every_word_weighs_the_same() -> None:
     both = sum([count_errors("a b c d", "a b c"), count_errors("a", "b")], ErrorCounts())
     assert both == count_errors("a b c d", "a b c") + count_errors("a", "b")
     assert both.wer == 2 / 5
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=8), st.lists(st.sampled_from("abc"), max_size=8))
+def test_aligned_words_hold_both_texts_and_the_errors_counted(said: list[str], written: list[str]) -> None:
+    pairs = align_words(" ".join(said), " ".join(written))
+    assert [a for a, _ in pairs if a is not None] == said
+    assert [b for _, b in pairs if b is not None] == written
+    assert sum(a != b for a, b in pairs) == count_errors(" ".join(said), " ".join(written)).word_errors
+
+
+def test_words_are_aligned_in_order() -> None:
+    assert align_words("The cat sat, on it", "the bat on it now") == [
+        ("the", "the"), ("cat", "bat"), ("sat", None), ("on", "on"), ("it", "it"), (None, "now"),
+    ]  # fmt: skip

@@ -72,6 +72,16 @@ def test_offline_engines_agree_and_rows_do_not_touch_each_other(tiny_model: Path
     assert engine.log_probs([]) == []
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_any_number_of_utterances_come_back_in_their_order(tiny_model: Path, threads: int) -> None:
+    engine = load_engine(tiny_model / "offline", precision="fp32", threads=threads)
+    batch = [speech(seconds, seed=i) for i, seconds in enumerate((0.7, 1.9, 0.3, 1.1, 0.3, 2.0, 0.5, 1.3, 0.9, 0.1))]
+    rows = engine.log_probs(batch)
+    assert [len(row) for row in rows] == [len(samples) // 640 for samples in batch]
+    for row, samples in zip(rows, batch, strict=True):
+        np.testing.assert_allclose(row, engine.log_probs([samples])[0], atol=1e-5)
+
+
 @pytest.mark.parametrize(("engine", "precision"), CHOICES)
 def test_streaming_engines_give_the_reference_in_any_blocks(
     tiny_model: Path, engine: str, precision: str | None

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("scripts/demo", "scripts/test", "scripts/mini_librispeech", "scripts/soak", "scripts/_environment.sh", ".ci/run")
+SCRIPTS = (
+    "scripts/demo", "scripts/test", "scripts/mini_librispeech", "scripts/soak", "scripts/calibrate",
+    "scripts/_environment.sh", ".ci/run",
+)  # fmt: skip
 BASH = shutil.which("bash")
 pytestmark = pytest.mark.skipif(BASH is None, reason="needs bash")
 

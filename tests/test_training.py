@@ -25,6 +25,7 @@ import asr.training.step
 from asr.config import AugmentConfig, DataConfig, FeatureConfig, ModelConfig, TrainConfig, TrainingConfig, to_toml
 from asr.errors import AsrError, ConfigError
 from asr.models import Network, load_network
+from asr.runtime.folder import shipped_model
 from asr.training.checkpoint import average_weights
 from asr.training.data import Batch, Corpus, Loader, Sampler, frames_needed
 from asr.training.dry_run import dry_run
@@ -277,17 +278,29 @@ def test_init_from_continues_and_refuses_another_shape(tmp_path: Path) -> None:
         run_training(other, tmp_path / "third")
 
 
-def test_new_tokens_take_all_of_a_network_but_its_output(tmp_path: Path) -> None:
-    first = load_network(run_training(tone_config(write_corpus(tmp_path / "d", rows=6), epochs=1), tmp_path / "first"))
+def test_the_shipped_network_is_tuned_to_new_tokens(tmp_path: Path) -> None:
+    """All its weights are taken but those of the outputs."""
     extra = [row("new", "höhe", np.zeros(16_000), phones="Ö")]
-    config = tone_config(write_corpus(tmp_path / "other", rows=6, extra=extra), epochs=1)
-    config = dataclasses.replace(config, init_from=str(tmp_path / "first" / "model" / "offline"), new_tokens=True)
-    network = Trainer(config, tmp_path / "second").network
+    folder = write_corpus(tmp_path / "d", rows=4, extra=extra)
+    info = json.loads((folder / "dataset.json").read_text())
+    info |= {"features": dataclasses.asdict(FeatureConfig()), "mean": [-9.0] * 80, "variance": [9.0] * 80}
+    (folder / "dataset.json").write_text(json.dumps(info))
+    shipped = load_network(shipped_model() / "streaming")
+    config = TrainConfig(
+        model=shipped.config.model,
+        data=DataConfig(train=(str(folder),)),
+        training=TrainingConfig(epochs=1, precision="fp32"),
+        init_from=str(shipped_model() / "streaming"),
+        new_tokens=True,
+    )
+    network = Trainer(config, tmp_path / "run").network
     assert "ö" in network.tokenizer.tokens
-    before, after = first.state_dict(), network.state_dict()
-    differ = {name.rpartition(".")[0] for name, value in after.items() if not torch.equal(value, before[name])}
-    assert differ == {"layers.6.linear", "phone_output.linear"}
-    assert load_network(run_training(config, tmp_path / "second")).tokenizer.tokens == network.tokenizer.tokens
+    before, after = shipped.state_dict(), network.state_dict()
+    kept = {name for name, value in after.items() if name in before and torch.equal(value, before[name])}
+    assert {name.rpartition(".")[0] for name in after.keys() - kept} == {
+        f"layers.{len(network.layers) - 1}.linear", "phone_output.linear",
+    }  # fmt: skip
+    assert load_network(run_training(config, tmp_path / "run")).tokenizer.tokens == network.tokenizer.tokens
     with pytest.raises(ConfigError, match="new_tokens"):
         dataclasses.replace(config, init_from="")
 

@@ -69,4 +69,4 @@ class ToyOptions(RecognizerOptions):
     """Options that load the toy, also in another process."""
 
     def load(self, *, endpoint: bool = True) -> Recognizer:
-        return toy_recognizer(endpoint=EndpointConfig() if endpoint else None)
+        return toy_recognizer(endpoint=self.rules if endpoint else None)

@@ -6,6 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
+_HELD_FRAMES = 5  # a decoder may hold a word's last letter through the silence after it: no longer than this counts
+
 
 @dataclass(frozen=True, slots=True)
 class TokenSpan:
@@ -87,7 +89,7 @@ def words_from_tokens(
             close()
         if token.strip():
             first = first if text else span.start_frame
-            last = span.end_frame
+            last = min(span.end_frame, span.start_frame + _HELD_FRAMES)
             text += token.strip()
             confidence *= span.confidence
         if token.endswith(" "):

@@ -9,63 +9,84 @@ from pathlib import Path
 import numpy as np
 
 from asr.decoding import Word
+from asr.decoding.sound import sounds
 from asr.errors import ModelError
 from asr.files import write_atomically
 
 CALIBRATION_FILE = "calibration.json"  # in the folder of a network
 _LOWEST = 1e-10  # probability
+_WEIGHTS = 5
+_SHORTEST = 0.05  # seconds of a word
+_NOWHERE = np.zeros((2, 0))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
     """What was fitted to one network and one way of decoding; the defaults change nothing.
 
-    CTC writes a letter in the one or two frames in which it has heard enough of it. The first letter comes a constant
-    time after the word's start, which differs from network to network. The last one is bound to the word's end less
-    closely: that depends on how long the word seems to be, and on its letters, too.
+    CTC writes a letter in the one or two frames in which it has heard enough of it: how long after the word's start, or
+    before its end, is much the same from word to word and differs from network to network. Beside a pause the sound
+    itself tells where a word begins or ends.
 
     Attributes:
-        start_shift: seconds that are added to the start of each word; below 0: earlier.
-        end_shift: weights of what `length` gives, whose sum is added to the end; empty: the end stays.
+        start_shift, end_shift: seconds that are added to the start and the end of each word; below 0: earlier.
+        reach: then they move to where a sound begins or ends after or before a pause, if that is at most so far, in
+            seconds; and no word goes on behind a pause.
         confidence: weights of what `evidence` gives, in a logistic function; empty: the decoder's confidence stays.
     """
 
     start_shift: float = 0.0
-    end_shift: tuple[float, ...] = ()
+    end_shift: float = 0.0
+    reach: float = 0.0
     confidence: tuple[float, ...] = ()
 
-    def apply(self, words: Sequence[Word], start: float, end: float) -> list[Word]:
-        """The words of the segment [start, end), in seconds; none ends after the next begins."""
-        if self == Calibration():
+    def apply(self, words: Sequence[Word], start: float, end: float, levels: np.ndarray | None = None) -> list[Word]:
+        """The words of the segment [start, end), in seconds; none ends after the next begins.
+
+        Args:
+            levels: of the segment's audio (asr.decoding.sound); None: words stay where the shifts put them.
+        """
+        if not words or self == Calibration():
             return list(words)
-        starts = [min(max(word.start + self.start_shift, start), end) for word in words] + [end]
-        shifts = (length(words) @ self.end_shift).tolist() if self.end_shift and words else [0.0] * len(words)
-        ends = [
-            min(max(word.end + shift, begins), following)
-            for word, shift, begins, following in zip(words, shifts, starts, starts[1:], strict=False)
-        ]
+        begins, after = (start + x for x in (sounds(levels) if levels is not None and self.reach else _NOWHERE))
+        shifted = [(word.start + self.start_shift, word.end + self.end_shift) for word in words]
+        middles = [(first + last) / 2 for first, last in shifted]
+        starts: list[float] = []
+        for (time, _), before in zip(shifted, [-math.inf, *middles], strict=False):  # a border is one word's alone
+            found = _nearest(begins[begins > before], time, self.reach)
+            starts.append(min(max(found, start, *starts[-1:]), end))
+        ends: list[float] = []
+        for (_, time), following, first, second in zip(
+            shifted, [*middles[1:], math.inf], starts, [*starts[1:], end], strict=True
+        ):
+            # A word does not go on behind a pause: a network that hears the future may keep its last letter until then.
+            inside = after[(after > first + _SHORTEST) & (after < time)]
+            found = float(inside[0]) if len(inside) else _nearest(after[after < following], time, self.reach)
+            ends.append(min(max(found, first), second))
         confidences = [word.confidence for word in words]
-        if self.confidence and words:
+        if self.confidence:
             confidences = probability(evidence(words), np.array(self.confidence)).tolist()
         return [
             replace(word, start=s, end=e, confidence=c)
-            for word, s, e, c in zip(words, starts, ends, confidences, strict=False)
+            for word, s, e, c in zip(words, starts, ends, confidences, strict=True)
         ]
 
 
-def length(words: Sequence[Word]) -> np.ndarray:
-    """How long words seem to be, (words, 3): 1, seconds from the first letter to the last, letters."""
-    return np.array([(1.0, word.end - word.start, len(word.text)) for word in words])
+def _nearest(edges: np.ndarray, time: float, reach: float) -> float:
+    """The nearest of `edges`, some of them NaN, if it is within reach; else `time` itself."""
+    near = edges[np.abs(edges - time) <= reach]
+    return float(near[np.abs(near - time).argmin()]) if len(near) else time
 
 
 def evidence(words: Sequence[Word]) -> np.ndarray:
-    """What tells right words from wrong ones, (words, 4): 1, ln p, ln p of a letter, ln letters.
+    """What tells right words from wrong ones, (words, 5): 1, p, ln p, ln p of a letter, ln letters.
 
     p is the decoder's confidence, the product of the probabilities of the word's tokens.
     """
-    logs = np.array([math.log(max(word.confidence, _LOWEST)) for word in words])
+    confidences = np.array([word.confidence for word in words])
+    logs = np.log(np.maximum(confidences, _LOWEST))
     letters = np.array([len(word.text) for word in words], np.float64)
-    return np.stack([np.ones(len(words)), logs, logs / letters, np.log(letters)], axis=1)
+    return np.stack([np.ones(len(words)), confidences, logs, logs / letters, np.log(letters)], axis=1)
 
 
 def probability(evidence: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -81,10 +102,9 @@ def load_calibration(network: Path, decoding: str) -> Calibration:
     """
     values = _read(network / CALIBRATION_FILE).get(decoding, {})
     try:
-        weights = {name: tuple(map(float, values.get(name, ()))) for name in ("end_shift", "confidence")}
-        found = Calibration(**{**values, **weights})
-        fits = len(found.end_shift) in (0, 3) and len(found.confidence) in (0, 4)
-        fits = fits and all(map(math.isfinite, (found.start_shift, *found.end_shift, *found.confidence)))
+        found = Calibration(**{**values, "confidence": tuple(map(float, values.get("confidence", ())))})
+        numbers = (found.start_shift, found.end_shift, found.reach, *found.confidence)
+        fits = len(found.confidence) in (0, _WEIGHTS) and found.reach >= 0 and all(map(math.isfinite, numbers))
     except (TypeError, ValueError, AttributeError):
         fits, found = False, Calibration()
     if not fits:

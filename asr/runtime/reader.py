@@ -18,6 +18,7 @@ from asr.runtime import State, StreamingEngine
 _EDGE = np.zeros(round(EDGE_SILENCE_SECONDS * SAMPLE_RATE), np.float32)
 BLOCK_FRAMES = 4  # of the network: 0.16 s where a frame is 40 ms
 _CHECKPOINT_BLOCKS = 6  # a segment that is cut in its past is decoded again from at most so far back
+_GAP_FRAMES = 12  # of the network, about half a second
 T = TypeVar("T")
 
 
@@ -61,7 +62,7 @@ class StreamReader:
         block_frames: of the network, that are read at a time.
     """
 
-    shared = ("_engine", "_open_decoder", "_visible")  # not of the state that asr.snapshot keeps
+    shared = ("_engine", "_open_decoder", "_visible", "_blank")  # not of the state that asr.snapshot keeps
 
     def __init__(
         self,
@@ -74,8 +75,10 @@ class StreamReader:
         self.decoder = open_decoder()
         self.start = self.frames = self.written = 0
         self._engine, self._open_decoder, self._visible = engine, open_decoder, visible
+        self._blank = np.where(np.arange(len(visible)) == 0, 0.0, -100.0).astype(np.float32)  # log-probabilities
         self._state = engine.initial_state()
         self._void = engine.latency_frames  # output frames still to be dropped
+        self._lost = 0  # output frames still to be taken for blanks
         self._block = block_frames * engine.samples_per_frame
         self._kept = -(-lookback // self._block)  # blocks
         self._past: deque[tuple[np.ndarray, Decoder | None]] = deque()  # log-probabilities, the decoder before them
@@ -108,8 +111,17 @@ class StreamReader:
         if self._engine.latency_frames:
             yield from self._step(np.zeros(self._engine.latency_frames * frame, np.float32), flush=True)
 
+    def restart(self) -> None:
+        """Forget voice and room: what follows is read as if the stream began here, in a pause."""
+        self._state = self._engine.initial_state()
+        self._lost = self._engine.latency_frames - self._void  # frames that the old state still held
+
     def cut(self, frame: int) -> list[Hypothesis]:
-        """End the open segment before `frame`, which has been read, and return what it may say, the best first."""
+        """End the open segment before `frame`, which has been read, and return what it may say, the best first.
+
+        If a word is being written there, it is written to its end: the segment goes on to the middle of the longest
+        stretch, of the next half second and as far as it has been read, in which nothing is.
+        """
         later: list[np.ndarray] = []  # log-probabilities
         before, decoder = self.frames, self.decoder
         while before > frame or (later and decoder is None):
@@ -118,17 +130,29 @@ class StreamReader:
             later.insert(0, log_probs)
         assert decoder is not None
         following = np.concatenate([np.zeros((0, len(self._visible)), np.float32), *later])
-        decoder.accept(following[: frame - before])
-        self.decoder, self.start = self._open_decoder(), frame
+        end = frame - before + self._gap(following[frame - before :][:_GAP_FRAMES])
+        decoder.accept(following[:end])
+        self.decoder, self.start = self._open_decoder(), before + end
         self._past.clear()
-        self._decode(following[frame - before :])
+        self._decode(following[end:])
         return decoder.finish()
+
+    def _gap(self, log_probs: np.ndarray) -> int:
+        """The middle of the longest stretch of frames (frames, vocabulary) on which nothing to be seen is written."""
+        written = np.flatnonzero(self._visible[log_probs.argmax(axis=1)])
+        edges = np.concatenate([[-1], written, [len(log_probs)]])
+        longest = int(np.argmax(np.diff(edges)))
+        return int(edges[longest] + edges[longest + 1] + 1) // 2 if len(written) else 0
 
     def _step(self, audio: np.ndarray, flush: bool = False) -> Work[None]:
         log_probs, self._state = yield Step(audio[None], self._state, flush)
         void = min(self._void, len(log_probs))
         self._void -= void
         log_probs = log_probs[void:] if void else log_probs
+        if self._lost:
+            lost = min(self._lost, len(log_probs))
+            log_probs = np.concatenate([np.tile(self._blank, (lost, 1)), log_probs[lost:]])
+            self._lost -= lost
         self.frames += len(log_probs)
         for later, token in enumerate(reversed(log_probs.argmax(axis=1).tolist())):
             if self._visible[token]:

@@ -26,10 +26,12 @@ def check_inputs(config: TrainConfig, run: Path) -> None:
             checkpoint_steps, average, patience and hang_seconds may differ).
     """
     sources: set[str] = set()
+    aligned = False
     for folder in _folders(config):
         dataset = ShardDataset(folder)
         if folder in config.data.train:
             sources.update(dataset.sources)
+            aligned = aligned or bool(dataset.aligned_phones)
         if dataset.info["store"] == "features" and changes_waveform(config.augment):
             raise ConfigError(
                 f"{folder}: holds features, so the waveform cannot be augmented; set augment.speeds = [1.0], "
@@ -38,6 +40,13 @@ def check_inputs(config: TrainConfig, run: Path) -> None:
         made_with = dataset.info.get("features", dataclasses.asdict(FeatureConfig()))
         if made_with != dataclasses.asdict(config.features):
             raise ConfigError(f"{folder}: its statistics are of features {made_with}, [features] asks for others")
+    weight = config.training.alignment_weight
+    if weight and not (aligned and config.model.phone_layer):
+        reason = "no folder of data.train is aligned" if config.model.phone_layer else "model.phone_layer is 0"
+        raise ConfigError(
+            f"training.alignment_weight = {weight}: {reason}; run `asr align {config.data.train[0]}` (English, and "
+            "model.phone_layer above 0), or set it to 0"
+        )
     for name in config.data.weights:
         if name not in sources:
             near = difflib.get_close_matches(name, sources, n=1)

@@ -1,16 +1,15 @@
-"""The commands that recognize: transcribe, stream, evaluate, bench."""
+"""The commands that recognize: transcribe, stream, bench."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from asr.errors import Problem
 from pipelines.commands.options import (
     BEAM,
-    MANIFESTS,
     RECOGNIZE,
     AddressOption,
     BeamOption,
@@ -169,71 +168,6 @@ def stream(
     tell(str(timing))
     if interrupted and audio is not None:
         raise typer.Exit(130)
-
-
-@app.command(rich_help_panel=RECOGNIZE)
-def evaluate(
-    manifests: Annotated[list[Path], typer.Argument(metavar="MANIFEST", help=MANIFESTS)],
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to a file as well.")
-    ] = None,
-    show: Annotated[bool, typer.Option("--show", help="Show each reference and hypothesis.")] = False,
-    endpoint: Annotated[
-        bool, typer.Option("--endpoint", help="Cut rows where an utterance ends, as transcribe does.")
-    ] = False,
-    two_pass: Annotated[
-        bool, typer.Option("--two-pass", help="--streaming --endpoint, and finished segments are read again offline.")
-    ] = False,
-    join: Annotated[
-        float | None,
-        typer.Option(
-            min=1, metavar="SECONDS", help="Join the rows of each speaker to so much audio, with pauses between them."
-        ),
-    ] = None,
-    model: ModelOption = None,
-    streaming: StreamingOption = False,
-    decoding: DecodingOption = "greedy",
-    beam: BeamOption = None,
-    lm_weight: LmWeightOption = None,
-    word_score: WordScoreOption = None,
-    rule: RulesOption = None,
-    engine: EngineOption = "onnx",
-    precision: PrecisionOption = None,
-    threads: ThreadsOption = 1,
-) -> None:
-    """Count the errors on speech whose text is known: WER, CER, and the real-time factor.
-
-    Both texts are normalised first: lower case, no punctuation. Each row is
-    scored whole unless --endpoint; --streaming feeds it in blocks, as live audio
-    comes. Rows that cannot be read are named, and their words count as deletions.
-    The real-time factor is the time from file to text, loading the model aside.
-    Of live text it is also told how many of the partial words were changed later.
-    """
-    search = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score}
-    options = recognizer_options(model, decoding, engine, precision, threads, rule, **search)
-    from pipelines.evaluate import evaluate as run
-    from pipelines.evaluate import report, table
-    from pipelines.formats import write_text
-
-    def told(outcome: Any) -> None:
-        print(f"{outcome.row.id}\n  reference:  {outcome.reference}\n  hypothesis: {outcome.hypothesis}")
-
-    scores, problems = run(
-        manifests,
-        options,
-        network=network_name(streaming or two_pass),
-        endpoint=endpoint or two_pass,
-        two_pass=two_pass,
-        join_seconds=join,
-        on_utterance=told if show else None,
-    )
-    for problem in problems:
-        complain(problem)
-    if scores:
-        print(table(scores), end="")
-    if json_file is not None:
-        write_text(json_file, json.dumps(report(scores), indent=2, ensure_ascii=False) + "\n")
-    end(problems)
 
 
 @app.command(rich_help_panel=RECOGNIZE)

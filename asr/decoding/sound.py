@@ -1,0 +1,73 @@
+"""Where sound begins and ends in a recording: what the times of words are moved to."""
+
+import numpy as np
+
+from asr.audio import SAMPLE_RATE
+
+FRAME_SECONDS = 0.01
+_FRAME = round(FRAME_SECONDS * SAMPLE_RATE)  # samples
+_ABOVE_NOISE, _BELOW_PEAK = 8.0, 32.0  # dB: sound is so far above the noise and no further below the peak
+_CLEAR = 15.0  # dB from noise to peak: with less, its borders are not known
+_PAUSE, _CLICK = (
+    12,
+    5,
+)  # smoothed frames: no shorter silence parts sounds (plosives have them within), no shorter sound counts
+
+
+class Levels:
+    """How loud a stream is, in dB, every 10 ms; the same however its samples are handed in."""
+
+    def __init__(self) -> None:
+        self._rest = np.zeros(0, np.float32)  # samples that fill no frame yet
+        self._levels: list[np.ndarray] = []
+
+    def accept(self, samples: np.ndarray) -> None:
+        """Take the next samples, float32 (n,) at 16 kHz."""
+        samples = np.concatenate([self._rest, samples])
+        whole = len(samples) // _FRAME * _FRAME
+        if whole:
+            power = np.square(samples[:whole].reshape(-1, _FRAME)).mean(axis=1)
+            self._levels.append(10 * np.log10(power + np.float32(1e-10)))
+        self._rest = samples[whole:].copy()
+
+    def take(self, seconds: float) -> np.ndarray:
+        """The levels of the next `seconds`, (frames,); what follows is kept."""
+        levels = np.concatenate([np.zeros(0, np.float32), *self._levels])
+        frames = round(seconds / FRAME_SECONDS)
+        self._levels = [levels[frames:].copy()]
+        return levels[:frames]
+
+
+def levels_of(samples: np.ndarray) -> np.ndarray:
+    """The levels of a recording, (n,) at 16 kHz -> (frames,) in dB."""
+    levels = Levels()
+    levels.accept(samples)
+    return levels.take(len(samples) / SAMPLE_RATE)
+
+
+def sounds(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """When sounds that are parted by pauses begin, and when they end, in seconds, (sounds,) each.
+
+    A sound without a beginning or end in these levels has NaN for it; none where noise is nearly as loud as all else.
+    """
+    nothing = np.zeros(0), np.zeros(0)
+    if len(levels) < _PAUSE:
+        return nothing
+    smooth = np.convolve(np.pad(levels.astype(np.float64), 1, "edge"), np.ones(3) / 3, "valid")
+    noise, peak = np.percentile(smooth, (10, 98))
+    if peak - noise < _CLEAR:
+        return nothing
+    loud = smooth > max(noise + _ABOVE_NOISE, peak - _BELOW_PEAK)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], loud, [False]]).astype(np.int8)))
+    runs = [[int(a), int(b)] for a, b in edges.reshape(-1, 2)]
+    joined: list[list[int]] = []
+    for first, after in runs:
+        if joined and first - joined[-1][1] < _PAUSE:
+            joined[-1][1] = after
+        else:
+            joined.append([first, after])
+    kept = np.array([run for run in joined if run[1] - run[0] >= _CLICK], np.float64).reshape(-1, 2)
+    kept[kept[:, 0] == 0, 0] = np.nan
+    kept[kept[:, 1] == len(levels), 1] = np.nan
+    starts, ends = kept.T * FRAME_SECONDS
+    return starts, ends

@@ -1,0 +1,207 @@
+"""The command that measures recognition: evaluate."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from asr.errors import Problem
+from pipelines.commands.options import (
+    MANIFESTS,
+    RECOGNIZE,
+    BeamOption,
+    DecodingOption,
+    EngineOption,
+    LmWeightOption,
+    ModelOption,
+    PrecisionOption,
+    RulesOption,
+    StreamingOption,
+    ThreadsOption,
+    WordScoreOption,
+    app,
+    complain,
+    end,
+    network_name,
+    recognizer_options,
+    tell,
+)
+
+_OTHERS = "Other measurements"
+
+
+@app.command(rich_help_panel=RECOGNIZE)
+def evaluate(
+    manifests: Annotated[list[Path], typer.Argument(metavar="MANIFEST", help=MANIFESTS)],
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to a file as well.")
+    ] = None,
+    report_file: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="Write an HTML page on which to study the errors.")
+    ] = None,
+    clips: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Put the N worst recordings into the page; others are linked.")
+    ] = 0,
+    show: Annotated[bool, typer.Option("--show", help="Show each reference and hypothesis.")] = False,
+    endpoint: Annotated[
+        bool, typer.Option("--endpoint", help="Cut rows where an utterance ends, as transcribe does.")
+    ] = False,
+    two_pass: Annotated[
+        bool, typer.Option("--two-pass", help="--streaming --endpoint, and finished segments are read again offline.")
+    ] = False,
+    join: Annotated[
+        float | None,
+        typer.Option(
+            min=1, metavar="SECONDS", help="Join the rows of each speaker to so much audio, with pauses between them."
+        ),
+    ] = None,
+    times: Annotated[
+        bool, typer.Option("--times", help="How exact the times of words are.", rich_help_panel=_OTHERS)
+    ] = False,
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Accuracy against latency, live.", rich_help_panel=_OTHERS)
+    ] = False,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="MODEL", help="--latency: another model beside it; repeatable.", rich_help_panel=_OTHERS),
+    ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Fit the confidences of words, with --times their times, and keep that in --model.",
+            rich_help_panel=_OTHERS,
+        ),
+    ] = False,
+    model: ModelOption = None,
+    streaming: StreamingOption = False,
+    decoding: DecodingOption = "greedy",
+    beam: BeamOption = None,
+    lm_weight: LmWeightOption = None,
+    word_score: WordScoreOption = None,
+    rule: RulesOption = None,
+    engine: EngineOption = "onnx",
+    precision: PrecisionOption = None,
+    threads: ThreadsOption = 1,
+) -> None:
+    """Count the errors on speech whose text is known: WER, CER, and the real-time factor.
+
+    Both texts are normalised first: lower case, no punctuation. Each row is
+    scored whole unless --endpoint; --streaming feeds it in blocks, as live audio
+    comes. Rows that cannot be read are named, and their words count as deletions.
+    The real-time factor is the time from file to text, loading the model aside.
+    Of live text it is also told how many of the partial words were changed later.
+
+    docs/accuracy.md explains the page and the other measurements.
+    """
+    if calibrate and (model is None or latency or two_pass):
+        raise typer.BadParameter("--calibrate: of one network of --model MODEL; not with --latency or --two-pass")
+    if latency and times:
+        raise typer.BadParameter("--times and --latency are two measurements: one at a time")
+    if against and not latency:
+        raise typer.BadParameter("--against: only with --latency")
+    search = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score}
+    options = recognizer_options(model, decoding, engine, precision, threads, rule, **search)
+    options = replace(options, calibrated=not calibrate)
+    network = network_name(streaming or two_pass or latency)
+    about = f"{network} network of {model or 'the shipped model'}, {decoding} decoding"
+    if latency:
+        figures, problems = _latency(manifests, options, [model, *(against or ())], report_file, about)
+    elif times:
+        figures, problems = _times(manifests, options, network, calibrate)
+    else:
+        from pipelines.evaluate import evaluate as run
+        from pipelines.evaluate import report, table
+
+        outcomes: list[Any] = []
+
+        def told(outcome: Any) -> None:
+            outcomes.append(outcome)
+            if show:
+                print(f"{outcome.row.id}\n  reference:  {outcome.reference}\n  hypothesis: {outcome.hypothesis}")
+
+        scores, problems = run(
+            manifests,
+            options,
+            network=network,
+            endpoint=endpoint or two_pass,
+            two_pass=two_pass,
+            join_seconds=join,
+            on_utterance=told,
+        )
+        figures = report(scores)
+        if scores:
+            print(table(scores), end="")
+        if calibrate:
+            figures["confidence"] = _calibrate_confidence(outcomes, options, network)
+        if report_file is not None and scores:
+            from pipelines.evaluate_report import report_page
+
+            _write(report_file, report_page(outcomes, scores, about, report_file.parent, clips))
+    for problem in problems:
+        complain(problem)
+    if json_file is not None:
+        _write(json_file, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+    end(problems)
+
+
+def _write(path: Path, text: str) -> None:
+    from pipelines.formats import write_text
+
+    write_text(path, text)
+
+
+def _latency(
+    manifests: Sequence[Path], options: Any, models: Sequence[Path | None], report_file: Path | None, about: str
+) -> tuple[dict[str, Any], list[Problem]]:
+    from pipelines.evaluate_latency import measure_latency
+    from pipelines.evaluate_latency_page import latency_page, latency_table
+
+    results, problems = measure_latency(manifests, options, models)
+    print(latency_table(results), end="")
+    if report_file is not None:
+        _write(report_file, latency_page(results, about))
+    return {"results": [result.figures() for result in results]}, problems
+
+
+def _times(
+    manifests: Sequence[Path], options: Any, network: str, calibrate: bool
+) -> tuple[dict[str, Any], list[Problem]]:
+    from pipelines.evaluate_times import fit_times, word_times
+
+    found, problems = word_times(manifests, options, network)
+    figures = found.figures()
+    for name in ("start", "end", "both"):
+        if f"{name}_median" in figures:
+            middle, late = (1000 * figures[f"{name}_{part}"] for part in ("median", "p95"))
+            count = figures[f"{name}s"]
+            print(f"{name:<6}{count:>6}   median error {middle:4.0f} ms   95th percentile {late:4.0f} ms")
+    print(f"{found.recordings} recordings; of the others, other words were recognized at the border")
+    if calibrate:
+        fitted = fit_times(found)
+        _keep(options, network, start_shift=fitted.start_shift, end_shift=fitted.end_shift, reach=fitted.reach)
+    return dict(figures), problems
+
+
+def _calibrate_confidence(outcomes: Sequence[Any], options: Any, network: str) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from pipelines.evaluate_confidence import fit_confidence
+
+    weights, before, after = fit_confidence(outcomes)
+    print(f"confidence on the other half of the speakers\n  as it was: {before}\n  fitted:    {after}")
+    _keep(options, network, confidence=weights)
+    return {"before": asdict(before), "fitted": asdict(after)}
+
+
+def _keep(options: Any, network: str, **fitted: Any) -> None:
+    """Put what was fitted into the model, beside what was fitted before."""
+    from asr.decoding.calibration import CALIBRATION_FILE, load_calibration, save_calibration
+    from asr.runtime.folder import find_networks
+
+    folder = find_networks(options.model)[network]
+    save_calibration(folder, options.decoding, replace(load_calibration(folder, options.decoding), **fitted))
+    tell(f"wrote {folder / CALIBRATION_FILE} ({options.decoding})")

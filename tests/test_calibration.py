@@ -1,0 +1,154 @@
+"""Calibration of words: shifts, pauses, confidences, and the file that keeps them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asr.decoding import Word
+from asr.decoding.calibration import (
+    CALIBRATION_FILE,
+    Calibration,
+    evidence,
+    load_calibration,
+    probability,
+    save_calibration,
+)
+from asr.decoding.sound import Levels, levels_of, sounds
+from asr.errors import ModelError
+
+RATE = 16_000
+
+
+def word(start: float, end: float, text: str = "word", confidence: float = 0.5) -> Word:
+    return Word(text=text, start=start, end=end, confidence=confidence)
+
+
+def tone_and_silence(*seconds: float) -> np.ndarray:
+    """Silence, sound, silence, ... of so many seconds, over faint noise."""
+    noise = np.random.default_rng(0).standard_normal(round(sum(seconds) * RATE)) * 1e-3
+    loud = np.concatenate([np.full(round(s * RATE), i % 2) for i, s in enumerate(seconds)])
+    return (noise + 0.3 * loud * np.sin(np.arange(len(loud)) * 0.2)).astype(np.float32)
+
+
+def test_without_a_calibration_words_stay_as_they_are() -> None:
+    words = [word(0.1, 0.9), word(0.5, 2.0)]
+    assert Calibration().apply(words, 0.0, 1.0) == words
+
+
+def test_shifts_keep_words_in_order_and_in_their_segment() -> None:
+    found = Calibration(start_shift=-0.2, end_shift=0.3).apply(
+        [word(0.1, 0.2), word(0.5, 0.6), word(1.2, 1.3)], 0.0, 1.5
+    )
+    assert [(w.start, w.end) for w in found] == [
+        (0.0, pytest.approx(0.3)),
+        (pytest.approx(0.3), pytest.approx(0.9)),
+        (pytest.approx(1.0), 1.5),
+    ]
+    assert [w.confidence for w in found] == [0.5] * 3
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 3), st.floats(0, 1)), max_size=6),
+    st.floats(-1, 1), st.floats(-1, 1), st.floats(0, 1), st.integers(0, 99),
+)  # fmt: skip
+def test_whatever_was_fitted_words_follow_each_other_within_the_segment(
+    spans: list[tuple[float, float]], start_shift: float, end_shift: float, reach: float, seed: int
+) -> None:
+    words = [word(start, start + length) for start, length in sorted(spans)]
+    rng = np.random.default_rng(seed)
+    levels = np.repeat(rng.uniform(-80, -10, 20), 15).astype(np.float32)
+    fitted = Calibration(start_shift=start_shift, end_shift=end_shift, reach=reach)
+    found = fitted.apply(words, 0.0, 3.0, levels)
+    times = [t for w in found for t in (w.start, w.end)]
+    assert times == sorted(times)
+    assert all(0.0 <= t <= 3.0 for t in times)
+    assert [w.text for w in found] == [w.text for w in words]
+
+
+def test_beside_a_pause_the_sound_tells_where_a_word_begins_and_ends() -> None:
+    levels = levels_of(tone_and_silence(0.5, 0.4, 0.6, 0.3, 0.5))
+    fitted = Calibration(start_shift=-0.1, end_shift=0.1, reach=0.2)
+    # CTC wrote them late and short; the segment begins at 10 s
+    found = fitted.apply([word(10.7, 10.75), word(11.68, 11.72)], 10.0, 12.3, levels)
+    assert [(w.start, w.end) for w in found] == [
+        (pytest.approx(10.5, abs=0.02), pytest.approx(10.9, abs=0.02)),
+        (pytest.approx(11.5, abs=0.02), pytest.approx(11.8, abs=0.02)),
+    ]
+
+
+def test_only_the_words_beside_a_pause_move_to_its_borders() -> None:
+    levels = levels_of(tone_and_silence(0.5, 0.6, 0.5))
+    fitted = Calibration(reach=0.3)
+    found = fitted.apply([word(0.55, 0.6), word(0.7, 0.8), word(0.9, 0.95)], 0.0, 1.6, levels)
+    assert [(w.start, w.end) for w in found] == [
+        (pytest.approx(0.5, abs=0.02), 0.6),
+        (0.7, 0.8),
+        (0.9, pytest.approx(1.1, abs=0.02)),
+    ]
+
+
+def test_no_word_goes_on_behind_a_pause() -> None:
+    levels = levels_of(tone_and_silence(0.5, 0.4, 1.0, 0.4, 0.5))
+    (found,) = Calibration(reach=0.2).apply([word(0.5, 1.8)], 0.0, 2.8, levels)
+    assert found.end == pytest.approx(0.9, abs=0.02)
+
+
+def test_the_gap_of_a_plosive_and_a_click_are_no_borders() -> None:
+    starts, ends = sounds(levels_of(tone_and_silence(0.5, 0.3, 0.07, 0.3, 0.5, 0.01, 0.5)))
+    assert starts == pytest.approx([0.5], abs=0.02)
+    assert ends == pytest.approx([1.17], abs=0.02)
+
+
+def test_sound_that_goes_on_at_an_edge_has_no_border_there() -> None:
+    starts, ends = sounds(levels_of(tone_and_silence(0.0, 0.5, 0.5, 0.5)))
+    assert np.isnan(starts[0]) and np.isnan(ends[-1])
+    assert starts[1] == pytest.approx(1.0, abs=0.02) and ends[0] == pytest.approx(0.5, abs=0.02)
+    hiss = np.random.default_rng(0).standard_normal(RATE).astype(np.float32) * 0.1
+    assert [len(x) for x in sounds(levels_of(hiss))] == [0, 0]
+
+
+@given(st.lists(st.integers(0, 700), max_size=20), st.integers(0, 5))
+def test_levels_do_not_depend_on_how_samples_come(sizes: list[int], seed: int) -> None:
+    samples = np.random.default_rng(seed).standard_normal(5_000).astype(np.float32)
+    levels, position = Levels(), 0
+    for size in [*sizes, len(samples)]:
+        levels.accept(samples[position : position + size])
+        position += size
+    first, second = levels.take(0.1), levels.take(1.0)
+    assert np.array_equal(np.concatenate([first, second]), levels_of(samples))
+    assert len(first) == 10
+
+
+def test_confidence_is_a_logistic_function_of_the_evidence() -> None:
+    words = [word(0, 1, "abcd", 0.5), word(1, 2, "a", 1e-30)]
+    weights = (0.3, 0.7, 0.5, 0.2, -0.1)
+    found = Calibration(confidence=weights).apply(words, 0.0, 2.0)
+    expected = 1 / (1 + np.exp(-(0.3 + 0.7 * 0.5 + 0.5 * np.log(0.5) + 0.2 * np.log(0.5) / 4 - 0.1 * np.log(4))))
+    assert found[0].confidence == pytest.approx(expected)
+    assert 0 <= found[1].confidence < found[0].confidence
+    assert (found[0].start, found[0].end) == (0, 1)
+    assert probability(evidence(words), np.array(weights)).tolist() == [w.confidence for w in found]
+
+
+def test_a_calibration_is_kept_for_each_way_of_decoding(tmp_path: Path) -> None:
+    greedy = Calibration(start_shift=-0.125, end_shift=0.0625, reach=0.25)
+    beam = Calibration(confidence=(1.0, 2.0, 3.0, 4.5, -5.0))
+    save_calibration(tmp_path, "greedy", greedy)
+    save_calibration(tmp_path, "beam", beam)
+    assert load_calibration(tmp_path, "greedy") == greedy
+    assert load_calibration(tmp_path, "beam") == beam
+    assert load_calibration(tmp_path / "none", "beam") == Calibration()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"greedy": {"confidence": [1, 2]}}', '{"greedy": {"shift": 1}}', '{"greedy": {"start_shift": NaN}}',
+     '{"greedy": {"reach": "far"}}', '{"greedy": 3}'],
+)  # fmt: skip
+def test_a_damaged_file_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    (tmp_path / CALIBRATION_FILE).write_text(text)
+    with pytest.raises(ModelError, match=CALIBRATION_FILE):
+        load_calibration(tmp_path, "greedy")
