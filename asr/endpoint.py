@@ -14,12 +14,13 @@ _SEARCH = 5 * SAMPLE_RATE  # samples: a forced cut falls into so much audio befo
 
 @dataclass(frozen=True, kw_only=True)
 class EndpointConfig:
-    """When a segment ends. All in seconds; steps of 0.1 s.
+    """When a segment ends. Times in seconds, in steps of 0.1 s; docs/live.md shows what each rule does.
 
     Attributes:
         trailing_silence: of a pause after speech; the cut falls into the middle half of so much silence.
         leading_silence: of a segment in which nothing was said yet; what follows then starts a new one.
-        max_segment: no segment is longer; such a cut falls on the quietest 10 ms of the last 5 s.
+        max_segment: no segment is longer; such a cut falls on the quietest 10 ms of the last 5 s, and, live, between
+            two words.
         vad: what tells speech from silence: "energy", or "silero" (extra [vad]).
         blanks: whether the streaming network takes part, live. It must have written nothing where a pause is cut;
             and where it has written nothing for twice as long as a pause, it is one, whatever sounds there.
@@ -61,8 +62,8 @@ class Endpointer:
         self._max = round(config.max_segment * SAMPLE_RATE)
         self._search = min(_SEARCH, self._max // 2)
         self._detector = open_detector(config.vad, self._trailing)
-        self._blanks, self._reset = config.blanks, config.reset
-        self.restart = False  # whether the network shall start anew, now that the last cut was found
+        self._blanks = config.blanks
+        self.paused = False  # whether there was a pause when it was last decided, so also at the last cut
         self._rest = np.zeros(0, np.float32)  # samples of an unfinished unit
         self._levels: list[float] = []  # dB of the frames that a cut may fall on
         self._now = 0  # samples judged
@@ -112,15 +113,14 @@ class Endpointer:
         self._spoken |= quiet == 0
         length = self._now - self._last_cut
         silence = self._trailing * UNIT
-        paused, spoken = quiet >= self._trailing, self._spoken
+        self.paused, spoken = quiet >= self._trailing, self._spoken
         if written is not None and self._blanks:
             blank = self._now - max(written, self._last_cut)
-            if paused:
-                paused = blank >= silence * 3 // 4
+            if self.paused:
+                self.paused = blank >= silence * 3 // 4
             else:
-                paused, spoken = blank >= 2 * silence, written > self._last_cut
-        self.restart = self._reset and paused
-        if paused and length >= silence and (spoken or length >= self._leading):
+                self.paused, spoken = blank >= 2 * silence, written > self._last_cut
+        if self.paused and length >= silence and (spoken or length >= self._leading):
             return self._now - silence * 3 // 4, self._now - silence // 4
         if length >= self._max:
             latest = self._last_cut + self._max

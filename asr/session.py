@@ -18,6 +18,7 @@ from asr.snapshot import Snapshot
 from asr.vad import UNIT
 
 _EDGE = round(EDGE_SILENCE_SECONDS * SAMPLE_RATE)  # samples
+_SEARCH_FRAMES = 12  # half a second: a cut that is in no pause waits so long for the end of a word
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +63,7 @@ class Session:
         lookback = self._endpointer.lookback if self._endpointer else 0
         self._reader = StreamReader(network.engine, network.decoder, network.visible, lookback, block_frames)
         self._start = 0  # of the open segment, in samples at 16 kHz
-        self._cuts: list[int] = []  # found, but not read that far yet
+        self._cuts: list[tuple[int, int]] = []  # found, but not read that far yet; how many frames more to search
         self._audio: list[np.ndarray] = []  # of the open segment and what follows it, for the second pass
         self._levels = Levels()  # of the open segment and what follows it
         self._heard: list[np.ndarray] = []  # samples at 16 kHz that fill no block of the network yet
@@ -108,7 +109,7 @@ class Session:
             self._heard.append(self._clock.finish())
             last = yield from self._take()
             yield from self._reader.finish()
-            last += yield from self._close_at_cuts()
+            last += yield from self._close_at_cuts(ended=True)
             last += yield from self._close(self._clock.samples, self._reader.frames)
             self._finished = transcript_of(self._segments if self._keep else last, self._clock.duration)
         return self._finished
@@ -179,28 +180,32 @@ class Session:
                 yield from self._reader.read()
             if self._second is not None:
                 self._audio.append(piece)
-            if self._endpointer:
+            if self._endpointer and self._endpoint:
                 cuts = self._endpointer.accept(piece, self._position(self._reader.written))
-                if cuts and self._endpointer.restart:
+                if cuts and self._endpoint.reset and self._endpointer.paused:
                     self._reader.restart()
-                self._cuts += cuts
+                search = 0 if self._endpointer.paused else _SEARCH_FRAMES
+                self._cuts += [(cut, search) for cut in cuts]
                 closed += yield from self._close_at_cuts()
         self._lacking = self._reader.lacking
         return closed
 
-    def _close_at_cuts(self) -> Work[list[Segment]]:
-        """Close the segments whose end has been read."""
+    def _close_at_cuts(self, *, ended: bool = False) -> Work[list[Segment]]:
+        """Close the segments whose end has been read, or all, where the stream has ended."""
         closed: list[Segment] = []
-        while self._cuts and self._frame(self._cuts[0]) <= self._reader.frames:
-            cut = self._cuts.pop(0)
-            closed += yield from self._close(cut, self._frame(cut))
+        while self._cuts:
+            cut, search = self._cuts[0]
+            if not ended and self._frame(cut) + search > self._reader.frames:
+                break
+            del self._cuts[0]
+            closed += yield from self._close(cut, self._frame(cut), search)
         return closed
 
-    def _close(self, end: int, frame: int) -> Work[list[Segment]]:
+    def _close(self, end: int, frame: int, search: int = 0) -> Work[list[Segment]]:
         """End the open segment at a sample, before a frame; return it, if anything was said in it."""
         network, times = self._network, self._clock.seconds(self._start, end)
         edge = (self._start - self._position(self._reader.start)) / SAMPLE_RATE
-        hypotheses = self._reader.cut(frame)
+        hypotheses = self._reader.cut(frame, search)
         if self._second is not None:
             audio = np.concatenate([np.zeros(0, np.float32), *self._audio])
             network, edge = self._second, EDGE_SILENCE_SECONDS

@@ -1,7 +1,8 @@
 """`python -m pipelines.bench_train`: what Ray Train adds to a training step, against the same loop under torchrun.
 
-Both run two workers on the same batches of made-up speech, in turns; each step is compared with the same step. Beside it,
-the processor time that Ray's daemons and the driver take while the workers train, which other load hardly changes.
+Both run two workers on the same batches of made-up speech, in turns; each step is compared with the same step.
+Beside it, the processor time that Ray's daemons and the driver take while the workers train, which other load
+hardly changes.
 """
 
 import dataclasses
@@ -116,12 +117,12 @@ def _under_ray(config: TrainConfig, run: Path) -> None:
 def _share_of_daemons(folder: Path, run: Path) -> float:
     """Processor time of Ray's other processes and this one, by that of the workers, from WARM_UP to the last step."""
     while len(_rows(run, "step")) < WARM_UP:
-        time.sleep(0.2)
+        time.sleep(1.0)
     (start,) = _rows(run, "start")
     workers = {int(number) for number in re.findall(r"process (\d+)", start["workers"])}
     before = _processor_seconds(folder)
     while _rows(run, "step")[-1]["step"] < 0.95 * start["total"]:  # before the end, where Ray takes all down
-        time.sleep(0.2)
+        time.sleep(1.0)
     spent = {process: seconds - before.get(process, 0.0) for process, seconds in _processor_seconds(folder).items()}
     others = sum(seconds for process, seconds in spent.items() if process not in workers)
     return others / sum(spent[worker] for worker in workers)

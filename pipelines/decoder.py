@@ -15,6 +15,7 @@ from asr.audio import read_audio
 from asr.errors import AsrError, AudioError
 
 _AHEAD = 2  # parts asked for at a time: one is decoded while the caller works on the one before
+_SAMPLES, _REASON = b"smpl", b"why:"  # what an answer begins with
 _ATTEMPTS = 2  # a crash may be somebody else's fault, such as memory that ran out
 
 
@@ -84,8 +85,10 @@ class _Child:
             raise AsrError(f"the decoder's process cannot be started ({self.stop()}): {' '.join(command)}") from None
 
     def receive(self) -> np.ndarray | AudioError:
-        problem = self.pipe.recv()
-        return AudioError(problem) if problem else np.frombuffer(self.pipe.recv_bytes(), np.float32)
+        answer = self.pipe.recv_bytes()
+        if answer.startswith(_REASON):
+            return AudioError(answer[len(_REASON) :].decode("utf-8", "surrogateescape"))
+        return np.frombuffer(answer, np.float32, offset=len(_SAMPLES))
 
     def stop(self) -> str:
         """End it; how it had ended if it had."""
@@ -123,9 +126,10 @@ def _serve(pipe: Connection) -> None:
     try:
         while True:
             for decoded in decode_here([Part(*pipe.recv())]):
-                pipe.send(str(decoded) if isinstance(decoded, AudioError) else "")
-                if isinstance(decoded, np.ndarray):
-                    pipe.send_bytes(decoded.tobytes())
+                if isinstance(decoded, AudioError):
+                    pipe.send_bytes(_REASON + str(decoded).encode("utf-8", "surrogateescape"))
+                else:
+                    pipe.send_bytes(_SAMPLES + decoded.tobytes())
     except (EOFError, OSError):
         pass
 

@@ -18,11 +18,12 @@ ROWS = {
     "energy alone: vad=energy, blanks=false": EndpointConfig(blanks=False),
     "energy and the network's blanks, the default: noise ends a segment too": EndpointConfig(),
     "vad=silero": EndpointConfig(vad="silero"),
+    "reset=true: the network starts anew after every pause": EndpointConfig(reset=True),
     "trailing_silence=1.6: short pauses end nothing": EndpointConfig(trailing_silence=1.6),
     "leading_silence=2: after silence, segments begin closer to the words": EndpointConfig(leading_silence=2),
     "max_segment=3: the quietest 10 ms before the limit": EndpointConfig(max_segment=3),
 }
-_ENVELOPE = SAMPLE_RATE // 50  # samples to a line of the waveform
+_ENVELOPE = SAMPLE_RATE // 20  # samples to a line of the waveform
 
 
 def conversation() -> tuple[np.ndarray, list[tuple[float, str]]]:
@@ -59,7 +60,7 @@ def draw(path: Path) -> None:
     audio, labels = conversation()
     seconds = np.arange(len(audio) // _ENVELOPE) * _ENVELOPE / SAMPLE_RATE
     loudest = np.abs(audio[: len(seconds) * _ENVELOPE]).reshape(-1, _ENVELOPE).max(axis=1)
-    plt.rcParams["svg.hashsalt"] = "endpointing"  # the same file every time
+    plt.rcParams |= {"svg.hashsalt": "endpointing", "svg.fonttype": "none"}  # small, and the same file every time
     figure, axes = plt.subplots(len(ROWS), 1, figsize=(11, 1.25 * len(ROWS)), sharex=True, layout="constrained")
     for axis, (title, rules) in zip(axes, ROWS.items(), strict=True):
         session = recognizer.stream(endpoint=rules)

@@ -158,6 +158,13 @@ def test_the_most_streams_are_found_to_a_seventh(most: int, cpu: float) -> None:
     assert most / 1.2 - 1 <= found.streams <= most
 
 
+def test_no_number_of_streams_is_tried_twice() -> None:
+    for most in (1, 5, 30, 300):
+        tried: list[int] = []
+        largest(lambda count, most=most, tried=tried: tried.append(count) or trial(count, most), cores=2)
+        assert len(set(tried)) == len(tried) <= 12
+
+
 def test_a_machine_that_carries_none_is_told() -> None:
     assert largest(lambda count: trial(count, 0), cores=2) is None
 

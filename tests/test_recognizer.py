@@ -1,5 +1,6 @@
 """Recognition: the text of files and of live audio, however it is cut, with networks made by hand."""
 
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -92,8 +93,23 @@ def text(tokens: Sequence[int]) -> str:
 def live_texts(audio: np.ndarray, latency: int) -> list[str]:
     """What MemoryEngine writes for a stream, shared out at the endpoints of SHORT; segments without text left out."""
     tokens = path(np.concatenate([EDGE, audio, EDGE]), latency)
-    frames = [0, *(round((cut + len(EDGE)) / FRAME) for cut in Endpointer(SHORT).accept(audio)), len(tokens)]
-    return [found for a, b in itertools.pairwise(frames) if (found := text(tokens[a:b]))]
+    endpointer, frames = Endpointer(SHORT), [0]
+    for start in range(0, len(audio), 1600):
+        for cut in endpointer.accept(audio[start : start + 1600]):
+            frame = max(round((cut + len(EDGE)) / FRAME), frames[-1])
+            frames.append(frame if endpointer.paused else frame + gap(tokens[frame : frame + 12]))
+    return [found for a, b in itertools.pairwise([*frames, len(tokens)]) if (found := text(tokens[a:b]))]
+
+
+def gap(tokens: list[int]) -> int:
+    """The middle of the first of the longest stretches of blanks and spaces."""
+    if not any(TOKENIZER.decode([t]).strip() for t in tokens):
+        return 0
+    best = (0, 0, 0)
+    for start, end in itertools.combinations(range(len(tokens) + 1), 2):
+        if not TOKENIZER.decode(tokens[start:end]).strip():
+            best = max(best, (end - start, -start, (start + end) // 2))
+    return best[2]
 
 
 def recognizer(latency: int = 2, endpoint: EndpointConfig | None = SHORT) -> tuple[Recognizer, MemoryEngine]:
@@ -146,6 +162,26 @@ def test_every_segment_of_a_file_is_read_by_itself(parts: list[tuple[float, floa
     segments = [np.concatenate([EDGE, audio[a:b], EDGE]) for a, b in itertools.pairwise(cuts)]
     assert [s.text for s in whole.segments] == [t for segment in segments if (t := text(path(segment, 2)))]
     check_times(whole)
+
+
+def test_the_network_may_start_anew_in_a_pause() -> None:
+    parts = [speech(1.5, seed=1), noise(1.0, -60, 1), speech(1.5, seed=2), noise(1.0, -60, 2)]
+    other = [speech(1.5, seed=3), *parts[1:]]
+
+    def segments(parts: list[np.ndarray], *, reset: bool) -> list[str]:
+        rules = dataclasses.replace(SHORT, reset=reset)
+        model, _ = recognizer(endpoint=rules)
+        return [s.text for s in model.transcribe(np.concatenate(parts), RATE, "streaming").segments]
+
+    # MemoryEngine never forgets: what the second segment says depends on the first, unless it starts anew
+    kept, kept_too = segments(parts, reset=False), segments(other, reset=False)
+    anew, anew_too = segments(parts, reset=True), segments(other, reset=True)
+    assert len(kept) == len(kept_too) >= 2
+    assert kept[1] != kept_too[1]
+    assert anew[0] == kept[0]
+    assert anew[1] != kept[1]
+    # the end of the pause before it was read with the old state, so its text begins with that
+    assert anew[1][-20:] == anew_too[1][-20:]
 
 
 def check_times(transcript: Transcript) -> None:

@@ -18,7 +18,6 @@ from asr.runtime import State, StreamingEngine
 _EDGE = np.zeros(round(EDGE_SILENCE_SECONDS * SAMPLE_RATE), np.float32)
 BLOCK_FRAMES = 4  # of the network: 0.16 s where a frame is 40 ms
 _CHECKPOINT_BLOCKS = 6  # a segment that is cut in its past is decoded again from at most so far back
-_GAP_FRAMES = 12  # of the network, about half a second
 T = TypeVar("T")
 
 
@@ -116,12 +115,13 @@ class StreamReader:
         self._state = self._engine.initial_state()
         self._lost = self._engine.latency_frames - self._void  # frames that the old state still held
 
-    def cut(self, frame: int) -> list[Hypothesis]:
+    def cut(self, frame: int, search: int = 0) -> list[Hypothesis]:
         """End the open segment before `frame`, which has been read, and return what it may say, the best first.
 
-        If a word is being written there, it is written to its end: the segment goes on to the middle of the longest
-        stretch, of the next half second and as far as it has been read, in which nothing is.
+        With `search`, a word that is being written there is written to its end: the segment goes on to the middle of
+        the longest stretch, of so many frames, in which nothing to be seen is written.
         """
+        frame = max(frame, self.start)  # the segment before this one may have gone on a little
         later: list[np.ndarray] = []  # log-probabilities
         before, decoder = self.frames, self.decoder
         while before > frame or (later and decoder is None):
@@ -130,7 +130,7 @@ class StreamReader:
             later.insert(0, log_probs)
         assert decoder is not None
         following = np.concatenate([np.zeros((0, len(self._visible)), np.float32), *later])
-        end = frame - before + self._gap(following[frame - before :][:_GAP_FRAMES])
+        end = frame - before + self._gap(following[frame - before :][:search])
         decoder.accept(following[:end])
         self.decoder, self.start = self._open_decoder(), before + end
         self._past.clear()
@@ -138,7 +138,7 @@ class StreamReader:
         return decoder.finish()
 
     def _gap(self, log_probs: np.ndarray) -> int:
-        """The middle of the longest stretch of frames (frames, vocabulary) on which nothing to be seen is written."""
+        """The middle of the longest stretch of (frames, vocabulary) in which nothing to be seen is written."""
         written = np.flatnonzero(self._visible[log_probs.argmax(axis=1)])
         edges = np.concatenate([[-1], written, [len(log_probs)]])
         longest = int(np.argmax(np.diff(edges)))

@@ -110,7 +110,7 @@ def largest(trial: Callable[[int], Trial], cores: int, first: int = 40) -> Trial
         else:
             bad = count
             following = (good.streams + bad) // 2 if good else count // 2
-        if following < 1 or (good and bad and bad <= good.streams * _NEAR):
+        if following < 1 or (good and bad and bad <= max(good.streams * _NEAR, good.streams + 1)):
             break
         count = following
     return good

@@ -61,7 +61,7 @@ RulesOption = Annotated[
         "--rule",
         metavar="KEY=VALUE",
         help="When a segment ends, repeatable: trailing_silence, leading_silence, max_segment (seconds), vad (energy "
-        "or silero, extra \\[vad]), blanks (true or false); docs/live.md shows what each does.",
+        "or silero, extra \\[vad]), blanks, reset (true or false); docs/live.md shows what each does.",
         rich_help_panel=HOW,
     ),
 ]

@@ -86,10 +86,9 @@ def wer_table(rows: Sequence[Row]) -> Table:
                 f"{statistics.fmean(row['updates_done'] for row in same):,.0f}",
                 f"{statistics.fmean(row['seconds'] for row in same):.0f}",
                 *(spread([row[part]["wer"] for row in same]) for part in ("test", "train_heard")),
-                spread([row["test"]["cer"] for row in same]),
             ]
         )
-    head = ("network", "data", "weights, k", "updates", "training, s", "WER test, %", "WER training, %", "CER test, %")
+    head = ("network", "data", "weights, k", "updates", "training, s", "WER test, %", "WER training, %")
     return Table(title="Error rates, mean ± standard deviation over three seeds; processor time", head=head, rows=lines)
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from asr.augment import add_noise
 from asr.config import AugmentConfig, DataConfig, ModelConfig, NetworkConfig, TrainConfig, TrainingConfig
 from asr.metrics import ErrorCounts, count_errors
 from asr.models import FORMAT_VERSION, Network, Output
+from asr.text import BLANK, Tokenizer
 from asr.training.data import EDGE_SAMPLES, Batch, Corpus, Loader, Sampler
+from asr.training.shards import ShardDataset
 from asr.training.step import Losses, ctc, learning_rate
 from pipelines.study.baselines import HEADS, FeedForward, Transformer
 from pipelines.study.cost import equal_width
@@ -38,6 +40,23 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 BASELINES = {"transformer": Transformer, "feed-forward": FeedForward}
 SNRS = (20, 10, 0)
+
+
+class Words(Tokenizer):
+    """A vocabulary of whole words: with a few dozen of them they are learned sooner than their spelling."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        super().__init__([BLANK, *sorted({word for text in texts for word in text.split()})])
+
+    def encode(self, text: str) -> list[int]:
+        """The index of each word."""
+        return [self._ids[word] for word in text.split()]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The words of indices; blanks are dropped."""
+        return " ".join(self.tokens[i] for i in ids if i != 0)
+
+
 Spoken = tuple[Tensor, str]  # samples (n,) without edge silence, and what is said
 
 
@@ -66,7 +85,7 @@ def run(
     """
     torch.manual_seed(seed)
     config = configuration(Path(folder) / data, seed, hidden)
-    corpus = Corpus(config.data.train)
+    corpus = read(Path(folder) / data, None)
     net = build(network, config, corpus)
     cost = 1.0
     if equal_time and network != "lstm":
@@ -77,8 +96,8 @@ def run(
     curve = train(net, corpus, config, own_updates, rate)
     seconds = time.process_time() - clock
     net.eval()
-    test = spoken(Corpus([str(Path(folder) / "test")], corpus.tokenizer))
-    heard = spoken(Corpus([str(Path(folder) / f"{data}-heard")], corpus.tokenizer))
+    test = spoken(read(Path(folder) / "test", corpus.tokenizer))
+    heard = spoken(read(Path(folder) / f"{data}-heard", corpus.tokenizer))
     noises = [torch.from_numpy(read_audio(path)) for path in sorted((Path(folder) / "noise").iterdir())]
     return {
         "weights": weights(net),
@@ -92,6 +111,11 @@ def run(
         "noise": {str(snr): score(net, noisy(test, noises, snr)) for snr in SNRS},
         "lengths": {str(n): score(net, joined(test, n * net.stride)) for n in lengths},
     }
+
+
+def read(folder: Path, tokenizer: Tokenizer | None) -> Corpus:
+    """A prepared folder; without a tokenizer, that of its own words."""
+    return Corpus([str(folder)], tokenizer or Words(ShardDataset(folder).texts))
 
 
 def configuration(train: Path, seed: int, hidden: int) -> TrainConfig:
@@ -145,7 +169,7 @@ def choose_rate(rates: Sequence[float], network: Network, corpus: Corpus, config
 
 
 def train(network: Network, corpus: Corpus, config: TrainConfig, updates: int, rate: float) -> list[tuple[int, float]]:
-    """Train for a number of updates, the rate falling to zero at the last; gives (update, loss a token) now and then.
+    """Train for a number of updates, the rate falling to zero at the last; gives (update, loss a word) now and then.
 
     asr.training.loop counts epochs and saves as it goes; here the budget is updates, and a run takes minutes.
     """
@@ -224,7 +248,7 @@ def joined(speech: Sequence[Spoken], samples: int, count: int = 6) -> list[Spoke
 
 @torch.no_grad()
 def score(network: Network, speech: Sequence[Spoken], seconds: float = 60.0) -> dict[str, float]:
-    """Greedy word and character error rates, and the loss a token."""
+    """Greedy word error rate, and the loss a word."""
     order = sorted(speech, key=lambda pair: len(pair[0]))
     counts, loss, tokens = ErrorCounts(), 0.0, 0
     while order:
@@ -245,4 +269,4 @@ def score(network: Network, speech: Sequence[Spoken], seconds: float = 60.0) -> 
         for best, n, (_, text) in zip(log_probs.argmax(-1), frames, group, strict=True):
             ids = torch.unique_consecutive(best[: int(n)]).tolist()
             counts += count_errors(text, network.tokenizer.decode(ids))
-    return {"wer": counts.wer, "cer": counts.cer, "loss": loss / max(tokens, 1)}
+    return {"wer": counts.wer, "loss": loss / max(tokens, 1)}

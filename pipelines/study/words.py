@@ -19,6 +19,7 @@ from pipelines.synthesize import HELD_OUT_VOICES, TRAINING_VOICES, spoken_digits
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 MOST_WORDS = 4
+PAUSE = (0.0, 0.4)  # seconds before the first word, so that it does not come at one time always
 NOISES = 24
 HEARD = 200  # utterances of the training data that are scored
 SPOKEN = {"train": 1600, "test": 160}  # utterances of espeak-ng where there are no recordings
@@ -61,7 +62,7 @@ def describe(*, quick: bool) -> str:
 
 
 def join_words(rows: list[Utterance], folder: Path, seed: int) -> list[dict]:
-    """Write utterances of one to MOST_WORDS words of a speaker, each row used once.
+    """Write utterances of a pause and one to MOST_WORDS words of a speaker, each row used once.
 
     Returns:
         Rows of a manifest that lies beside `folder`.
@@ -74,7 +75,8 @@ def join_words(rows: list[Utterance], folder: Path, seed: int) -> list[dict]:
         count = rng.randint(1, MOST_WORDS)
         words = [row for row in rows[:count] if row.speaker == rows[0].speaker]
         rows = rows[len(words) :]
-        samples = np.concatenate([read_audio(row.audio) for row in words])
+        pause = np.zeros(int(rng.uniform(*PAUSE) * SAMPLE_RATE), np.float32)
+        samples = np.concatenate([pause, *(read_audio(row.audio) for row in words)])
         path = folder / f"{len(joined):05d}.flac"
         soundfile.write(path, samples, SAMPLE_RATE, subtype="PCM_16")
         text = " ".join(row.text or "" for row in words)
