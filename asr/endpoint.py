@@ -52,7 +52,7 @@ class Endpointer:
     Memory is constant.
 
     Raises:
-        ModelError: the voice activity detector is not installed.
+        ConfigError: the voice activity detector is not installed.
     """
 
     def __init__(self, config: EndpointConfig | None = None) -> None:

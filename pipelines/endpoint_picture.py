@@ -54,7 +54,7 @@ def draw(path: Path) -> None:
     """Write the picture, in the format that the path's suffix names.
 
     Raises:
-        ModelError: silero's network is not installed (extra [vad]).
+        ConfigError: silero's network is not installed (extra [vad]).
     """
     recognizer = Recognizer.load()
     audio, labels = conversation()

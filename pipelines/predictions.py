@@ -4,7 +4,7 @@ import gzip
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 from asr.audio import SAMPLE_RATE
 from asr.errors import AsrError, AudioError
 from asr.manifest import Utterance, read_manifest
-from pipelines.decoder import Part, decode_all
+from pipelines.decoder import Decode, Part, decode_all
 
 if TYPE_CHECKING:
     from asr.recognizer import Recognizer, Transcript
@@ -64,7 +64,7 @@ def recognize_rows(
     recognizer: "Recognizer",
     rows: Sequence[Utterance],
     network: str,
-    decode: Callable[[Sequence[Part]], Iterator[np.ndarray | AudioError]] = decode_all,
+    decode: Decode = decode_all,
 ) -> list[Prediction]:
     """Recognize rows, in batches of like length; what cannot be read becomes a reason.
 
@@ -106,7 +106,7 @@ def _recognize_long(
     recognizer: "Recognizer",
     row: Utterance,
     network: str,
-    decode: Callable[[Sequence[Part]], Iterator[np.ndarray | AudioError]],
+    decode: Decode,
 ) -> "Transcript | str":
     """The row, cut at silences: a whole file in constant memory, a part of one in as much as it has samples."""
     try:

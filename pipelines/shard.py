@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -19,7 +19,7 @@ from asr.lexicon import phones_of
 from asr.manifest import Utterance
 from asr.text import normalize
 from asr.training.shards import VERSION, Statistics, write_shard
-from pipelines.decoder import Part, decode_all
+from pipelines.decoder import Decode, Part, decode_all
 from pipelines.storage import Store, local_copies, states
 
 SHORTEST_SECONDS = 0.05
@@ -74,9 +74,7 @@ def finished_report(job: ShardJob, store: Store) -> dict | None:
     return report if same else None
 
 
-def make_shard(
-    job: ShardJob, decode: Callable[[Sequence[Part]], Iterator[np.ndarray | AudioError]] = decode_all
-) -> dict:
+def make_shard(job: ShardJob, decode: Decode = decode_all) -> dict:
     """Decode and check the rows of `job`; write its shard, then its report, and return that.
 
     Raises:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from asr.endpoint import EndpointConfig
 from asr.errors import AsrError, AudioError, Problem
 from asr.manifest import Utterance
+from pipelines.decoder import Decode, decode_all, decode_here
 from pipelines.formats import render, render_among_many, write_text
 from pipelines.pool import map_in_order
 from pipelines.predictions import Prediction, PredictionFile, is_manifest, recognize_rows, row_seconds
@@ -111,7 +112,7 @@ class _Job:
     many: bool
     folder: str  # where the command was called: paths are relative to it
 
-    def open(self) -> Callable[[Sequence[_Task | Utterance]], list[Result | Prediction]]:
+    def open(self, decode: Decode = decode_here) -> Callable[[Sequence[_Task | Utterance]], list[Result | Prediction]]:
         """Load the recognizer; what it returns does a batch: rows of a manifest, or recordings.
 
         Raises:
@@ -123,7 +124,7 @@ class _Job:
         def work(items: Sequence[_Task | Utterance]) -> list[Result | Prediction]:
             rows = [item for item in items if isinstance(item, Utterance)]
             if rows:
-                return list(recognize_rows(recognizer, rows, self.network))
+                return list(recognize_rows(recognizer, rows, self.network, decode))
             return [self._transcribe(recognizer, item) for item in items if isinstance(item, _Task)]
 
         return work
@@ -225,7 +226,7 @@ def _made(job: _Job, batches: list[Sequence[_Task | Utterance]], workers: int, a
     if not batches:
         return
     if workers <= 1 and address is None:
-        work = job.open()
+        work = job.open(decode_all)  # nobody watches this process, as the pool watches its actors
         for batch in batches:
             yield work(batch)
         return

@@ -14,6 +14,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_endpoint import RATE, noise, speech
+from toy_model import spell, toy_recognizer
 
 from asr.endpoint import EndpointConfig, Endpointer
 from asr.errors import AsrError, AudioError, ConfigError, ModelError
@@ -162,6 +163,21 @@ def test_every_segment_of_a_file_is_read_by_itself(parts: list[tuple[float, floa
     segments = [np.concatenate([EDGE, audio[a:b], EDGE]) for a, b in itertools.pairwise(cuts)]
     assert [s.text for s in whole.segments] == [t for segment in segments if (t := text(path(segment, 2)))]
     check_times(whole)
+
+
+@settings(max_examples=15, deadline=None)
+@given(SIZES, st.integers(0, 2000), st.booleans())
+def test_noise_in_which_the_network_writes_nothing_ends_a_segment_however_the_audio_comes(
+    sizes: list[int], shift: int, reset: bool
+) -> None:
+    room, rattle = np.zeros(shift, np.float32), speech(3.0, db=-10)
+    audio = np.concatenate([room, spell("one two"), rattle, spell("three"), rattle])
+    model = toy_recognizer(endpoint=EndpointConfig(reset=reset))
+    whole = model.transcribe(audio, RATE, network="streaming")
+    assert [segment.text for segment in whole.segments] == ["one two", "three"]
+    assert fed(model.stream(), audio, [*sizes, 3200]) == whole
+    alone = toy_recognizer(endpoint=EndpointConfig(blanks=False)).transcribe(audio, RATE, network="streaming")
+    assert len(alone.segments) == 1
 
 
 def test_the_network_may_start_anew_in_a_pause() -> None:

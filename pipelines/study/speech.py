@@ -85,7 +85,8 @@ def run(
     """
     torch.manual_seed(seed)
     config = configuration(Path(folder) / data, seed, hidden)
-    corpus = read(Path(folder) / data, None)
+    vocabulary = Words(ShardDataset(Path(folder) / "train").texts)
+    corpus = Corpus([str(Path(folder) / data)], vocabulary)
     net = build(network, config, corpus)
     cost = 1.0
     if equal_time and network != "lstm":
@@ -96,8 +97,8 @@ def run(
     curve = train(net, corpus, config, own_updates, rate)
     seconds = time.process_time() - clock
     net.eval()
-    test = spoken(read(Path(folder) / "test", corpus.tokenizer))
-    heard = spoken(read(Path(folder) / f"{data}-heard", corpus.tokenizer))
+    test = spoken(Corpus([str(Path(folder) / "test")], vocabulary))
+    heard = spoken(Corpus([str(Path(folder) / f"{data}-heard")], vocabulary))
     noises = [torch.from_numpy(read_audio(path)) for path in sorted((Path(folder) / "noise").iterdir())]
     return {
         "weights": weights(net),
@@ -111,11 +112,6 @@ def run(
         "noise": {str(snr): score(net, noisy(test, noises, snr)) for snr in SNRS},
         "lengths": {str(n): score(net, joined(test, n * net.stride)) for n in lengths},
     }
-
-
-def read(folder: Path, tokenizer: Tokenizer | None) -> Corpus:
-    """A prepared folder; without a tokenizer, that of its own words."""
-    return Corpus([str(folder)], tokenizer or Words(ShardDataset(folder).texts))
 
 
 def configuration(train: Path, seed: int, hidden: int) -> TrainConfig:
