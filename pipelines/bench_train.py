@@ -1,8 +1,8 @@
 """`python -m pipelines.bench_train`: what Ray Train adds to a training step, against the same loop under torchrun.
 
 Both run two workers on the same batches of made-up speech, in turns; each step is compared with the same step.
-Beside it, the processor time that Ray's daemons and the driver take while the workers train, which other load
-hardly changes.
+Beside it, the processor time that Ray's daemons and the driver take while the workers train. It is the same at any
+length of a step and with any other load; where the workers keep all of N processors busy, it is N times less of theirs.
 """
 
 import dataclasses
@@ -36,15 +36,15 @@ def main() -> None:
         os.environ["RAY_TMPDIR"] = str(folder)
         plain: list[float] = []
         ray: list[float] = []
-        shares: list[float] = []
+        loads: list[float] = []
         for i in range(ROUNDS):
             for way in (_under_torchrun, _under_ray)[:: 1 if i % 2 == 0 else -1]:
                 run = folder / f"{way.__name__}{i}"
                 with ThreadPoolExecutor(1) as pool:
-                    share = pool.submit(_share_of_daemons, folder, run) if way is _under_ray else None
+                    load = pool.submit(_load_of_daemons, folder, run) if way is _under_ray else None
                     way(config, run)
-                    if share:
-                        shares.append(share.result())
+                    if load:
+                        loads.append(load.result())
                 (ray if way is _under_ray else plain).extend(_step_seconds(run))
         ratios = [r / p for r, p in zip(ray, plain, strict=True)]
         low, high = np.percentile(_medians_of_samples(ratios), [2.5, 97.5])
@@ -52,7 +52,7 @@ def main() -> None:
             f"{WORKERS} workers, {len(ratios)} steps each: torchrun {median(plain) * 1000:.0f} ms a step, "
             f"Ray Train {median(ray) * 1000:.0f} ms; the same step takes {median(ratios) - 1:+.1%} under Ray "
             f"(95 % of resamples: {low - 1:+.1%} to {high - 1:+.1%}); "
-            f"daemons and driver take {', '.join(f'{s:.2%}' for s in shares)} of the workers' processor time"
+            f"daemons and driver take {', '.join(f'{s:.1%}' for s in loads)} of one processor"
         )
 
 
@@ -114,18 +114,18 @@ def _under_ray(config: TrainConfig, run: Path) -> None:
     train_on_ray(config, run, (WORKERS, WORKERS), None)
 
 
-def _share_of_daemons(folder: Path, run: Path) -> float:
-    """Processor time of Ray's other processes and this one, by that of the workers, from WARM_UP to the last step."""
+def _load_of_daemons(folder: Path, run: Path) -> float:
+    """Processor seconds a second of Ray's other processes and this one, from step WARM_UP to the last ones."""
     while len(_rows(run, "step")) < WARM_UP:
         time.sleep(1.0)
     (start,) = _rows(run, "start")
     workers = {int(number) for number in re.findall(r"process (\d+)", start["workers"])}
-    before = _processor_seconds(folder)
+    before, clock = _processor_seconds(folder), time.monotonic()
     while _rows(run, "step")[-1]["step"] < 0.95 * start["total"]:  # before the end, where Ray takes all down
         time.sleep(1.0)
     spent = {process: seconds - before.get(process, 0.0) for process, seconds in _processor_seconds(folder).items()}
     others = sum(seconds for process, seconds in spent.items() if process not in workers)
-    return others / sum(spent[worker] for worker in workers)
+    return others / (time.monotonic() - clock)
 
 
 def _processor_seconds(folder: Path) -> dict[int, float]:

@@ -164,6 +164,7 @@ def test_choices_reach_the_recognizer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Recognizer, "load", load)
     RecognizerOptions(model=Path("m"), engine="torch", precision="fp32", threads=2).load(endpoint=False)
     expected = {"engine": "torch", "precision": "fp32", "threads": 2, "decoding": "greedy", "endpoint": None}
+    expected |= {"calibrated": True}
     assert seen == expected | {"path": Path("m")}
 
 

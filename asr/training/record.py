@@ -51,6 +51,7 @@ class Record:
     def __enter__(self) -> "Record":
         if self.on:
             with self._writing():
+                _drop_unfinished_line(self.run / "log.jsonl")
                 self._log = self._open.enter_context(open(self.run / "log.jsonl", "a", encoding="utf-8"))
                 # what a killed run drew past its last checkpoint is drawn again, over it
                 self._curves = SummaryWriter(str(self.run / "tensorboard"), purge_step=self._newest_step() + 1)
@@ -133,3 +134,10 @@ class Record:
             found = checkpoints(self.run / "checkpoints")
             whole = f"checkpoints/{found[-1].name} is whole" if found else "there is no checkpoint yet"
             raise AsrError(f"{self.run}: cannot be written ({reason}); {whole}; make room and run again") from error
+
+
+def _drop_unfinished_line(path: Path) -> None:
+    """Take away the half of a row that a full disk or a killed run left at the end."""
+    if path.is_file():
+        text = path.read_bytes()
+        os.truncate(path, text.rfind(b"\n") + 1)
