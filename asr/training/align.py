@@ -44,7 +44,7 @@ def align(folder: str | Path, told: Told = lambda line: None) -> float:
     dataset = ShardDataset(folder)
     if dataset.info["store"] != "audio":
         raise ConfigError(f"{folder}: holds features alone; alignment needs audio: `asr prepare --store audio`")
-    rows = np.arange(len(dataset))
+    rows = range(len(dataset))
     names = sorted({p for text in set(dataset.texts) for p in phones_of(text).split()})
     phones = {name: i for i, name in enumerate((SILENCE, *names))}
     graphs = [_Graph(text, phones) for text in dataset.texts]
@@ -52,7 +52,7 @@ def align(folder: str | Path, told: Told = lambda line: None) -> float:
     features = [_mfcc(dataset, row) for row in rows]
     _subtract_speaker_means(features, dataset.speakers)
 
-    order = np.random.default_rng(0).permutation(rows)
+    order = np.random.default_rng(0).permutation(len(dataset)).tolist()
     hours = np.cumsum(dataset.n_samples[order]) / 16_000 / 3600
     chosen = [
         row for row in order[: int(np.searchsorted(hours, _TRAINING_HOURS)) + 1] if graphs[row].fits(features[row])
