@@ -47,7 +47,7 @@ def to_float(samples: np.ndarray) -> np.ndarray:
         AudioError: another type or shape, NaN or infinity, or floats that were never scaled to [-1, 1].
     """
     samples = np.asarray(samples)
-    if samples.dtype not in (np.int16, np.float32, np.float64):
+    if samples.dtype.type not in (np.int16, np.float32, np.float64):
         raise AudioError(f"samples are {samples.dtype}; give int16, or float32 in [-1, 1]")
     if samples.ndim not in (1, 2) or (samples.ndim == 2 and not 1 <= samples.shape[1] <= _MOST_CHANNELS):
         raise AudioError(f"samples have shape {samples.shape}; give (n,) or (n, channels)")
@@ -55,8 +55,8 @@ def to_float(samples: np.ndarray) -> np.ndarray:
         peak = 1.0
         floats = np.multiply(samples, np.float32(2**-15), dtype=np.float32)
     else:
-        peak = np.abs(samples).max(initial=0)
-        if not np.isfinite(peak):
+        peak = float(np.abs(samples).max(initial=0))
+        if not math.isfinite(peak):
             raise AudioError("samples hold NaN or infinity")
         if peak > _LOUDEST_FLOAT:
             raise AudioError(f"float samples reach {peak:g}; scale them to [-1, 1], or give int16")

@@ -1,13 +1,14 @@
 """Live audio in, text out: a Session, and the clock that it goes by."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from asr.audio import EDGE_SILENCE_SECONDS, SAMPLE_RATE, Resampler, to_float
-from asr.decoding import Decoder, Hypothesis
+from asr.decoding import Decoder, Hypothesis, TokenSpan, Word, words_from_tokens
 from asr.decoding.sound import Levels
 from asr.endpoint import EndpointConfig, Endpointer
 from asr.errors import AsrError, ConfigError
@@ -27,6 +28,12 @@ class Update:
 
     partial: str
     final: tuple[Segment, ...]
+    _tell_words: Callable[[], Sequence[Word]] = field(default=tuple, repr=False, compare=False)
+
+    @property
+    def words(self) -> tuple[Word, ...]:
+        """The words of `partial`, with times and confidences (not calibrated) as they look so far."""
+        return tuple(self._tell_words())  # worked out only for those who ask
 
 
 class Session:
@@ -69,6 +76,7 @@ class Session:
         self._heard: list[np.ndarray] = []  # samples at 16 kHz that fill no block of the network yet
         self._lacking = self._reader.lacking  # until they do
         self._partial, self._partial_frames = "", 0  # the open segment's text, and after how many frames
+        self._spans: list[TokenSpan] = []  # the text's tokens
         self._keep = keep_segments
         self._segments: list[Segment] = []
         self._finished: Transcript | None = None
@@ -101,7 +109,7 @@ class Session:
         samples = self._clock.process(samples)
         self._heard.append(samples)
         self._lacking -= len(samples)
-        return self._reading() if self._lacking <= 0 else Update(partial=self._partial, final=())
+        return self._reading() if self._lacking <= 0 else self._update()
 
     def finishing(self) -> Work[Transcript]:
         """`finish`, as work for whoever has the networks."""
@@ -160,9 +168,18 @@ class Session:
     def _reading(self) -> Work[Update]:
         final = yield from self._take()
         if self._reader.frames != self._partial_frames:
-            self._partial = self._network.text(self._reader.decoder.tokens())
+            self._spans = self._reader.decoder.tokens()
+            self._partial = self._network.text(self._spans)
             self._partial_frames = self._reader.frames
-        return Update(partial=self._partial, final=tuple(final))
+        return self._update(tuple(final))
+
+    def _update(self, final: tuple[Segment, ...] = ()) -> Update:
+        start, end = self._clock.seconds(self._start, self._clock.samples)
+        edge = (self._start - self._position(self._reader.start)) / SAMPLE_RATE
+        frame = self._network.engine.samples_per_frame / SAMPLE_RATE
+        about = {"start": start, "end": end, "frame": frame, "edge": edge}
+        words = partial(words_from_tokens, self._spans, self._network.tokens, **about)
+        return Update(partial=self._partial, final=final, _tell_words=words)
 
     def _take(self) -> Work[list[Segment]]:
         """Read what was heard; return the segments that it closes."""
