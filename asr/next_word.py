@@ -46,7 +46,7 @@ class NextWord(nn.Module):
         self.words = (UNKNOWN, END, *lexicon)
         self._ids = {word: i for i, word in enumerate(self.words)}
         self.embedding = nn.Embedding(len(self.words), size // 2)
-        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        nn.init.normal_(self.embedding.weight, std=(size // 2) ** -0.5)  # scores of about one
         self.layer = Recurrent(CELLS[kind](size // 2, size))
         self.narrow = nn.Linear(self.layer.output_size, size // 2, bias=False)
         self.bias = nn.Parameter(torch.zeros(len(self.words)))

@@ -1,6 +1,6 @@
 """Recognition: Recognizer for whole files; it opens a Session for live audio."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -60,6 +60,7 @@ class Recognizer:
         lm_weight: float | None = None,
         word_score: float | None = None,
         nbest: int | None = None,
+        hot_words: Mapping[str, float] | None = None,
         endpoint: EndpointConfig | None = EndpointConfig(),  # noqa: B008 (frozen)
         calibrated: bool = True,
     ) -> "Recognizer":
@@ -71,7 +72,7 @@ class Recognizer:
             precision: "fp32" or "int8"; None: with onnx int8 where the model has it, with torch fp32.
             threads: for the arithmetic of one network.
             decoding: "greedy", or "beam": with the language model in the folder's lm/.
-            beam, lm_weight, word_score, nbest: of the beam search, see asr.decoding.beam.BeamConfig.
+            beam, lm_weight, word_score, nbest, hot_words: of the beam search, see asr.decoding.beam.BeamConfig.
             endpoint: where audio is cut into segments; None leaves it uncut, however long.
             calibrated: False: times and confidences of words as the decoder gives them (see asr.decoding.calibration).
 
@@ -82,6 +83,7 @@ class Recognizer:
         check_choice(engine=engine, precision=precision, threads=threads)
         folders = find_networks(path)
         settings = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score, "nbest": nbest}
+        settings["hot_words"] = hot_words or None
         open_search = _search_opener(path, decoding, {k: v for k, v in settings.items() if v is not None})
         networks = {}
         for name, folder in folders.items():

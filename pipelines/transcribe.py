@@ -50,7 +50,7 @@ class RecognizerOptions:
     precision: str | None = None  # what the model has, int8 first
     threads: int = 1
     decoding: str = "greedy"
-    search: Mapping[str, float] = field(default_factory=dict)  # of the beam search: beam, lm_weight, ...
+    search: Mapping[str, Any] = field(default_factory=dict)  # of the beam search: beam, lm_weight, ...
     calibrated: bool = True  # times and confidences of words
     rules: EndpointConfig = EndpointConfig()  # noqa: RUF009 (frozen)
 

@@ -3,18 +3,21 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from asr.decoding import Hypothesis, TokenSpan
+from asr.decoding.hot_words import Phrases, check_hot_words
 from asr.errors import ConfigError, ModelError
 
 _BLANK = 0
 _SPACE = " "
 _THRESHOLD = 20.0  # hypotheses so far (natural log) behind the best are dropped
+_COMMON_WORDS = 1000  # on the way to their end, hot words count as no more likely than the least of so many words
 # An utterance that does not end is committed word by word, so that cost and memory stay bounded: each 60 s
 # (of 40 ms frames) all but the last 10 s; endpointing cuts sooner.
 _COMMIT_FRAMES = 1500
@@ -30,12 +33,14 @@ class BeamConfig:
         lm_weight: of the language model's log-probabilities, base 10 as KenLM's are, against the network's, base e.
         word_score: added for each word; more of it, more words.
         nbest: hypotheses that are told at the end of a segment.
+        hot_words: phrases to expect, with what each adds to the score (natural log) of a text that has it.
     """
 
     beam: int = 100
     lm_weight: float = 1.5
     word_score: float = 1.5
     nbest: int = 1
+    hot_words: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("beam", "nbest"):
@@ -43,6 +48,8 @@ class BeamConfig:
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: must be at least 1")
         if not self.lm_weight >= 0:
             raise ConfigError(f"lm_weight = {self.lm_weight!r}: must not be negative")
+        if self.hot_words and not self.lm_weight:
+            raise ConfigError("hot words act through the language model: lm_weight must be above 0")
 
 
 class BeamSearch:
@@ -55,7 +62,7 @@ class BeamSearch:
         config: how to search.
 
     Raises:
-        ConfigError: the vocabulary has no space, or spells no word.
+        ConfigError: the vocabulary has no space, or spells no word of the lexicon, or not some hot word.
         ModelError: the language model cannot be read.
     """
 
@@ -75,6 +82,11 @@ class BeamSearch:
         if _SPACE not in index or not spelled:
             reason = "spells no word of the lexicon" if _SPACE in index else "has no space"
             raise ConfigError(f"beam search: the vocabulary of {len(tokens)} tokens {reason}")
+        hot = {words: boost / config.lm_weight for words, boost in check_hot_words(config.hot_words, index).items()}
+        hot_words: dict[str, float] = {}  # the most that each may bring
+        for words, boost in hot.items():
+            hot_words |= {word: max(boost, hot_words.get(word, 0.0)) for word in words}
+        spelled = [*spelled, *(hot_words.keys() - set(spelled))]
         dictionary = Dictionary()
         for word in spelled:
             dictionary.add_entry(word)
@@ -90,8 +102,13 @@ class BeamSearch:
         space = index[_SPACE]
         trie = Trie(len(tokens), space)
         context = lm.start(True)
-        for i, word in enumerate(spelled):
-            trie.insert([*(index[c] for c in word), space], i, lm.score(context, i)[1])
+        scores = [lm.score(context, i)[1] for i in range(len(spelled))]
+        # More would push all other words with a hot word's first letters out of the search, or in.
+        common = sorted(scores)[-_COMMON_WORDS:][0]
+        for i, (word, score) in enumerate(zip(spelled, scores, strict=True)):
+            if word in hot_words:
+                score = max(score, min(score + hot_words[word], common))
+            trie.insert([*(index[c] for c in word), space], i, score)
         trie.smear(SmearingMode.MAX)
         options = LexiconDecoderOptions(
             beam_size=config.beam,
@@ -107,16 +124,49 @@ class BeamSearch:
         self.nbest = config.nbest
         self.space, self.vocab_size = space, len(tokens)
         self._kept = (lm, trie)  # the decoders refer to them without owning them
-        self._start = lambda: LexiconDecoder(options, trie, lm, space, _BLANK, -1, [], False)
+        numbers = {word: i for i, word in enumerate(spelled)}
+        phrases = Phrases({tuple(numbers[w] for w in words): boost for words, boost in hot.items()}) if hot else None
+
+        def start() -> Any:
+            scorer = lm if phrases is None else _with_phrases(lm, phrases)
+            return LexiconDecoder(options, trie, scorer, space, _BLANK, -1, [], False), scorer
+
+        self._start = start
 
     def __call__(self) -> "BeamDecoder":
         return BeamDecoder(self)
 
-    def start(self):
-        """A search at the start of a segment."""
-        search = self._start()
+    def start(self) -> tuple[Any, Any]:
+        """A search at the start of a segment, and the language model that it refers to without owning it."""
+        search, scorer = self._start()
         search.decode_begin()
-        return search
+        return search, scorer
+
+
+def _with_phrases(lm: Any, phrases: Phrases) -> Any:
+    """A language model that adds to another one's scores what phrases are worth; for one segment."""
+    from flashlight.lib.text.decoder import LM
+
+    class WithPhrases(LM):
+        def __init__(self) -> None:
+            super().__init__()
+            self._nodes: dict[Any, int] = {}  # of states within a phrase
+
+        def start(self, start_with_nothing: bool) -> Any:
+            return lm.start(start_with_nothing)
+
+        def score(self, state: Any, word: int) -> tuple[Any, float]:
+            after, score = lm.score(state, word)
+            node, bonus = phrases.step(self._nodes.get(state, 0), word)
+            if node:
+                self._nodes[after] = node
+            return after, score + bonus
+
+        def finish(self, state: Any) -> tuple[Any, float]:
+            after, score = lm.finish(state)
+            return after, score - phrases.lent(self._nodes.get(state, 0))
+
+    return WithPhrases()
 
 
 class BeamDecoder:
@@ -130,15 +180,15 @@ class BeamDecoder:
         self._first = 0  # the first frame that is not committed
         self._blocks: list[np.ndarray] = []  # the frames from there on
         self._frames = 0  # in the blocks
-        self._running = None  # has read the blocks; None in a copy that has not been used yet
+        # A search that has read the blocks, and its language model; None in a copy that has not been used yet.
+        self._running: tuple[Any, Any] | None = None
 
     def accept(self, log_probs: np.ndarray) -> None:
         """Take the next frames, (frames, vocabulary), also none."""
         while len(log_probs):
             block = np.array(log_probs[: _COMMIT_FRAMES - self._frames], np.float32, order="C")
             log_probs = log_probs[len(block) :]
-            running = self._search_so_far()
-            _read(running, block)
+            _read(self._search_so_far()[0], block)
             self._blocks.append(block)
             self._frames += len(block)
             if self._frames == _COMMIT_FRAMES:
@@ -150,7 +200,8 @@ class BeamDecoder:
 
     def finish(self) -> list[Hypothesis]:
         """End the segment: whole words only; the best hypothesis first, at least one."""
-        running, self._running = self._search_so_far(), None
+        running, _scorer = self._search_so_far()  # which must live as long
+        self._running = None
         # The last word has no space after it. One more frame, in which a space costs as little as none.
         end = np.full((1, self._search.vocab_size), -1e4, np.float32)
         end[0, [_BLANK, self._search.space]] = 0.0
@@ -166,16 +217,16 @@ class BeamDecoder:
         other.__dict__.update(self.__dict__ | copied)
         return other
 
-    def _search_so_far(self):
+    def _search_so_far(self) -> tuple[Any, Any]:
         if self._running is None:
             self._running = self._search.start()
             for block in self._blocks:
-                _read(self._running, block)
+                _read(self._running[0], block)
         return self._running
 
     def _best_spans(self) -> list[TokenSpan]:
         # get_best_hypothesis() would leave out the unfinished word
-        found = self._search_so_far().get_all_final_hypothesis()
+        found = self._search_so_far()[0].get_all_final_hypothesis()
         return self._spans(max(found, key=lambda h: h.score).tokens) if found else []
 
     def _spans(self, path: Sequence[int]) -> list[TokenSpan]:

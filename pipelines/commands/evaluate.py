@@ -15,6 +15,7 @@ from pipelines.commands.options import (
     BeamOption,
     DecodingOption,
     EngineOption,
+    HotWordsOption,
     LmWeightOption,
     ModelOption,
     PrecisionOption,
@@ -82,6 +83,7 @@ def evaluate(
     beam: BeamOption = None,
     lm_weight: LmWeightOption = None,
     word_score: WordScoreOption = None,
+    hot_words: HotWordsOption = None,
     rule: RulesOption = None,
     engine: EngineOption = "onnx",
     precision: PrecisionOption = None,
@@ -103,7 +105,7 @@ def evaluate(
         raise typer.BadParameter("--times and --latency are two measurements: one at a time")
     if against and not latency:
         raise typer.BadParameter("--against: only with --latency")
-    search = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score}
+    search = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score, "hot_words": hot_words}
     options = recognizer_options(model, decoding, engine, precision, threads, rule, **search)
     options = replace(options, calibrated=not calibrate)
     network = network_name(streaming or two_pass or latency)
@@ -135,6 +137,12 @@ def evaluate(
         figures = report(scores)
         if scores:
             print(table(scores), end="")
+        if hot_words:
+            from pipelines.evaluate_hot_words import score_hot_words
+
+            found = score_hot_words([(o.reference, o.hypothesis) for o in outcomes], hot_words)
+            figures["hot_words"] = found.figures()
+            print(found)
         if calibrate:
             figures["confidence"] = _calibrate_confidence(outcomes, options, network)
         if report_file is not None and scores:

@@ -1,11 +1,11 @@
-"""The commands that look inside the LSTM: inspect, study."""
+"""The commands that look inside the LSTM: inspect, study, generate."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipelines.commands.options import INSIDE, AddressOption, ModelOption, StreamingOption, app
+from pipelines.commands.options import INSIDE, AddressOption, ModelOption, StreamingOption, app, tell
 
 
 @app.command(rich_help_panel=INSIDE)
@@ -84,3 +84,25 @@ def study(
 
     folder = out or Path("runs") / ("study-quick" if quick else "study")
     print(run(experiments or [], folder, quick=quick, workers=workers, address=address, markdown=markdown))
+
+
+@app.command(rich_help_panel=INSIDE)
+def generate(
+    model: Annotated[Path, typer.Option("--model", "-m", help="Folder that `asr train-lm --kind lstm` wrote.")],
+    prompt: Annotated[str, typer.Argument(help="How the text starts.")] = "",
+    words: Annotated[int, typer.Option(min=1, help="How many to write.")] = 50,
+    temperature: Annotated[float, typer.Option(help="Above 1 bolder, below 1 safer.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from so many most probable words; 0: from all.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+) -> None:
+    """Let a next-word network go on writing (extra \\[train]).
+
+    Words of PROMPT that the model does not know are read as <unk>, and named.
+    """
+    from pipelines.next_word import generate as run
+
+    unknown, text = run(prompt, model, words=words, temperature=temperature, top_k=top_k, seed=seed)
+    if unknown:
+        tell(f"not known to the model, read as <unk>: {', '.join(unknown)}")
+    for piece in text:
+        print(piece, end="", flush=True)

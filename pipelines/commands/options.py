@@ -55,6 +55,24 @@ LmWeightOption = Annotated[
 WordScoreOption = Annotated[
     float | None, typer.Option(help="Added for each word; more of it, more words.", rich_help_panel=BEAM)
 ]
+
+
+def _hot_words(path: str) -> dict[str, float]:
+    from asr.decoding.hot_words import read_hot_words
+
+    return read_hot_words(path)
+
+
+HotWordsOption = Annotated[
+    dict | None,
+    typer.Option(
+        "--hot-words",
+        metavar="FILE",
+        parser=_hot_words,
+        help="Phrases to expect, a line each: `phrase`, or `phrase :boost`, 0 to 100 (5 without).",
+        rich_help_panel=BEAM,
+    ),
+]
 RulesOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -81,7 +99,7 @@ def recognizer_options(
     precision: Precision | None,
     threads: int,
     rules: Sequence[str] | None = None,
-    **search: float | None,
+    **search: Any,
 ) -> Any:
     given = {name: value for name, value in search.items() if value is not None}
     if given and decoding != "beam":

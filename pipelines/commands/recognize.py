@@ -16,6 +16,7 @@ from pipelines.commands.options import (
     DecodingOption,
     EngineOption,
     Format,
+    HotWordsOption,
     LmWeightOption,
     ModelOption,
     PrecisionOption,
@@ -50,6 +51,7 @@ def transcribe(
     beam: BeamOption = None,
     lm_weight: LmWeightOption = None,
     word_score: WordScoreOption = None,
+    hot_words: HotWordsOption = None,
     nbest: Annotated[
         int | None,
         typer.Option(min=1, help="With --format json: so many alternatives of each segment.", rich_help_panel=BEAM),
@@ -75,7 +77,7 @@ def transcribe(
     json has the shape of openai/whisper's result, srt and vtt are subtitles, ctm
     is NIST's list of words with their times.
     """
-    search = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score, "nbest": nbest}
+    search = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score, "nbest": nbest, "hot_words": hot_words}
     options = recognizer_options(model, decoding, engine, precision, threads, rule, **search)
     if nbest is not None and format != "json":
         raise typer.BadParameter("--nbest: alternatives are written with --format json")
@@ -135,6 +137,7 @@ def stream(
     beam: BeamOption = None,
     lm_weight: LmWeightOption = None,
     word_score: WordScoreOption = None,
+    hot_words: HotWordsOption = None,
     rule: RulesOption = None,
     engine: EngineOption = "onnx",
     precision: PrecisionOption = None,
@@ -156,7 +159,7 @@ def stream(
         raise typer.BadParameter("--realtime is for a recording; a microphone always is")
     if audio is not None and device is not None:
         raise typer.BadParameter("--device is for the microphone; leave out the recording")
-    search = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score}
+    search = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score, "hot_words": hot_words}
     options = recognizer_options(model, decoding, engine, precision, threads, rule, **search)
     if audio is not None:
         source = FileSource(audio, realtime=realtime)

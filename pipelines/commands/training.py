@@ -15,6 +15,8 @@ from pipelines.commands.options import (
     end,
 )
 
+NGRAMS, NETWORKS = "With --kind ngram", "With the name of a cell"  # panels of `asr train-lm --help`
+
 
 @app.command(rich_help_panel=TRAIN)
 def prepare(
@@ -121,33 +123,88 @@ def train(
 def train_lm(
     texts: Annotated[list[Path], typer.Argument(metavar="TEXT", help="UTF-8, a sentence a line; also .gz and .xz.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; a model's, to give it to that model.")],
-    order: Annotated[int, typer.Option(min=2, max=5, help="Words to an n-gram.")] = 3,
-    prune: Annotated[
-        float, typer.Option(min=0, help="Drop n-grams that change the perplexity by a lower share; 0 keeps all.")
-    ] = 1e-7,
-    vocabulary: Annotated[int | None, typer.Option(min=1, help="Keep so many words, the most frequent ones.")] = None,
+    kind: Annotated[
+        str,
+        typer.Option(help="ngram, or a network that predicts the next word, by its cell: lstm, gru, rnn ..."),
+    ] = "ngram",
+    order: Annotated[
+        int, typer.Option(min=2, max=5, help="Words to an n-gram; also of those that a network is compared with.")
+    ] = 3,
+    vocabulary: Annotated[
+        int | None,
+        typer.Option(min=1, help="Keep so many words, the most frequent ones.", show_default="all; a network's: 10000"),
+    ] = None,
     min_count: Annotated[int, typer.Option(min=1, help="Keep words that occur so often.")] = 3,
+    prune: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Drop n-grams that change the perplexity by a lower share; 0 keeps all.",
+            show_default="1e-7",
+            rich_help_panel=NGRAMS,
+        ),
+    ] = None,
     lexicon: Annotated[
-        Literal["cmudict", "none"],
-        typer.Option(help="Add the words of an English dictionary, however rare."),
-    ] = "none",
+        Literal["cmudict", "none"] | None,
+        typer.Option(
+            help="Add the words of an English dictionary, however rare.", show_default="none", rich_help_panel=NGRAMS
+        ),
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=2, help="Units of the cell.", show_default="256", rich_help_panel=NETWORKS)
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Times through the text.", show_default="3", rich_help_panel=NETWORKS)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the first weights and dropout.", show_default="1", rich_help_panel=NETWORKS)
+    ] = None,
 ) -> None:
-    """Make a language model from text, for --decoding beam: word n-grams, modified Kneser-Ney, pruned.
+    """Make a language model from text: n-grams for --decoding beam, or a network for `asr generate`.
 
-    Writes OUT/lm. The text is normalised as transcripts are; every 200th line is
-    kept back, to measure the perplexity. Needs about 500 MB of memory and half a
-    minute for each ten million words.
+    ngram: words, modified Kneser-Ney, pruned. Writes OUT/lm. The text is
+    normalised as transcripts are; every 200th line is kept back, to measure the
+    perplexity. Needs about 500 MB of memory and half a minute for each ten
+    million words.
+
+    A cell's name: embedding, cell, softmax over words (extra \\[train]). Writes
+    OUT/next-word. The last fiftieth of the text is kept back, and the perplexity
+    told beside that of n-grams. Run again, it goes on where it stopped.
     """
+    if kind != "ngram":
+        _refuse(f"--kind {kind}", prune=prune, lexicon=lexicon)
+        from asr.training.next_word import NextWordTraining
+        from pipelines.next_word import train_network
+
+        given = {name: value for name, value in {"epochs": epochs, "seed": seed}.items() if value is not None}
+        network = train_network(
+            texts,
+            out,
+            kind=kind,
+            size=size or 256,
+            vocabulary=vocabulary or 10_000,
+            min_count=min_count,
+            order=order,
+            training=NextWordTraining(**given),
+        )
+        print(
+            f"{network.folder}: {kind}, {network.words:,} words, {network.weights / 1e6:.1f} M weights; perplexity on "
+            f"{network.carried.words:,} words kept back ({network.carried.unknown:,} more are unknown): "
+            f"{network.carried.value:.1f}, with each sentence by itself {network.alone.value:.1f}; "
+            f"n-grams of {order} words {network.ngrams.value:.1f}"
+        )
+        return
+    _refuse("--kind ngram", size=size, epochs=epochs, seed=seed)
     from pipelines.train_lm import train_lm as run
 
     made = run(
         texts,
         out,
         order=order,
-        threshold=prune,
+        threshold=1e-7 if prune is None else prune,
         vocabulary=vocabulary,
         min_count=min_count,
-        lexicon=None if lexicon == "none" else lexicon,
+        lexicon="cmudict" if lexicon == "cmudict" else None,
     )
     ngrams = " + ".join(f"{n:,}" for n in made.ngrams)
     print(
@@ -155,6 +212,12 @@ def train_lm(
         f"perplexity {made.perplexity.value:.1f} on {made.perplexity.words:,} words kept back "
         f"({made.perplexity.unknown:,} more are unknown)"
     )
+
+
+def _refuse(where: str, **options: object) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise typer.BadParameter(f"--{name}: not with {where}")
 
 
 @app.command(rich_help_panel=TRAIN)
