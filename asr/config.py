@@ -114,11 +114,13 @@ class DataConfig:
     dev: tuple[str, ...] = ()
     weights: dict[str, float] = field(default_factory=dict)  # share of a source drawn each epoch, by its name
     max_seconds: float = 20.0
+    cut_seconds: float = 0.0  # aligned utterances are cut in pauses to pieces of about so much; 0: never
     dev_minutes: float = 30.0  # of the tuning data, evenly picked, scored after each epoch
 
     def __post_init__(self) -> None:
         _check(len(self.train) > 0, "data.train", self.train, "a list of at least one prepared folder")
         _check(self.max_seconds > 0, "data.max_seconds", self.max_seconds, "above 0")
+        _check(self.cut_seconds >= 0, "data.cut_seconds", self.cut_seconds, "not negative")
         _check(self.dev_minutes > 0, "data.dev_minutes", self.dev_minutes, "above 0")
         for source, weight in self.weights.items():
             _check(0 <= weight <= 1, f"data.weights.{source}", weight, "0 to 1")

@@ -17,12 +17,15 @@ from asr.augment import SAMPLE_RATE, augment_audio, background, change_speed, dr
 from asr.config import TrainConfig
 from asr.errors import ConfigError, TextError
 from asr.features import FLOOR
+from asr.lexicon import phones_of
 from asr.text import Tokenizer
+from asr.training.pieces import pieces
 from asr.training.shards import STATES, ShardDataset, Statistics
 
 EDGE_SAMPLES = SAMPLE_RATE // 4  # 250 ms of silence before and after: short words need frames to be written on
 _GRID = SAMPLE_RATE * 32 // 100  # batch lengths are rounded up to this: each new shape costs oneDNN a set-up
 UNKNOWN = -1  # the phone state of a frame that was not aligned
+_LABEL_SAMPLES = SAMPLE_RATE // 100  # to a frame of the alignment
 _DELAY = 2  # frames: a network without a future names a phone's states so late, when it has heard them
 _ORDER, _ROW, _SILENCE = 0, 1, 2  # streams of random numbers
 
@@ -79,13 +82,18 @@ class Corpus:
         folders: what `asr prepare` wrote, with audio.
         tokenizer: None makes one from the texts.
         phones: names of the phones, blank first; None takes those that occur.
+        cut_seconds: aligned utterances are cut in pauses to pieces of so many seconds (asr.training.pieces); 0: never.
 
     Attributes:
         unspelled: ids of utterances that the tokenizer cannot spell; they are left out.
     """
 
     def __init__(
-        self, folders: Sequence[str], tokenizer: Tokenizer | None = None, phones: tuple[str, ...] | None = None
+        self,
+        folders: Sequence[str],
+        tokenizer: Tokenizer | None = None,
+        phones: tuple[str, ...] | None = None,
+        cut_seconds: float = 0.0,
     ) -> None:
         self.datasets = [ShardDataset(folder) for folder in folders]
         stores = {dataset.info["store"] for dataset in self.datasets}
@@ -95,22 +103,25 @@ class Corpus:
         self.tokenizer = tokenizer or Tokenizer.characters(t for d in self.datasets for t in d.texts)
         self.phones = phones if phones is not None else _phones_in(self.datasets)
         ids = {phone: i for i, phone in enumerate(self.phones)}
-        self.where: list[tuple[int, int]] = []
+        self.where: list[tuple[int, int, slice]] = []  # folder, row, frames of 10 ms
         self.tokens: list[list[int]] = []
         self.phone_ids: list[list[int]] = []
         self.unspelled: list[str] = []
-        sources = []
+        sources, lengths = [], []
         for d, dataset in enumerate(self.datasets):
             for row, (text, phones_of_row) in enumerate(zip(dataset.texts, dataset.phones, strict=True)):
                 try:
-                    tokens = self.tokenizer.encode(text)
+                    self.tokenizer.encode(text)
                 except TextError:
                     self.unspelled.append(dataset.ids[row])
                     continue
-                self.where.append((d, row))
-                self.tokens.append(tokens)
-                self.phone_ids.append([ids[p] for p in (phones_of_row or "").split() if p in ids])
-                sources.append(dataset.sources[row])
+                for span, part, part_phones in _parts(dataset, row, text, phones_of_row or "", cut_seconds):
+                    self.where.append((d, row, span))
+                    self.tokens.append(self.tokenizer.encode(part))
+                    self.phone_ids.append([ids[p] for p in part_phones.split() if p in ids])
+                    sources.append(dataset.sources[row])
+                    end = int(dataset.n_samples[row]) if span.stop is None else span.stop * _LABEL_SAMPLES
+                    lengths.append(end - (span.start or 0) * _LABEL_SAMPLES)
         self.sources = np.array(sources)
         aligned = [dataset.aligned_phones for dataset in self.datasets]
         union = sorted({phone for phones in aligned for phone in phones})
@@ -119,7 +130,7 @@ class Corpus:
             np.array([union.index(p) * STATES + s for p in phones for s in range(STATES)], np.int64)
             for phones in aligned
         ]  # of each folder's labels among all
-        self.n_samples = np.array([self.datasets[d].n_samples[row] for d, row in self.where], dtype=np.int64)
+        self.n_samples = np.array(lengths, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.where)
@@ -131,25 +142,48 @@ class Corpus:
 
     def text(self, index: int) -> str:
         """Normalised text of an utterance."""
-        d, row = self.where[index]
-        return self.datasets[d].texts[row]
+        return self.tokenizer.decode(self.tokens[index])
 
     def states(self, index: int) -> np.ndarray:
         """The aligned phone state in each 10 ms of an utterance: (frames,) int64; empty where unknown."""
-        d, row = self.where[index]
-        return self._states[d][self.datasets[d].alignment(row)]
+        d, row, span = self.where[index]
+        return self._states[d][self.datasets[d].alignment(row)][span]
 
     def features(self, index: int) -> torch.Tensor:
         """Stored log-mel features of an utterance: (frames, bands) float32."""
-        d, row = self.where[index]
+        d, row, _ = self.where[index]
         stored = self.datasets[d].features(row)
         assert stored is not None
         return torch.from_numpy(stored.astype(np.float32))
 
     def audio(self, index: int) -> torch.Tensor:
         """Samples of an utterance: (samples,) float32 in [-1, 1)."""
-        d, row = self.where[index]
-        return torch.from_numpy(self.datasets[d].audio(row).astype(np.float32) / 32768)
+        d, row, span = self.where[index]
+        first = (span.start or 0) * _LABEL_SAMPLES
+        samples = self.datasets[d].audio(row)[first : first + self.n_samples[index]]
+        return torch.from_numpy(samples.astype(np.float32) / 32768)
+
+
+def _parts(dataset: ShardDataset, row: int, text: str, phones: str, cut_seconds: float) -> list[tuple[slice, str, str]]:
+    """What an utterance is trained in: frames of 10 ms, text and phones of each piece."""
+    labels = dataset.alignment(row)
+    if not cut_seconds or dataset.n_samples[row] <= cut_seconds * SAMPLE_RATE or not len(labels):
+        return [(slice(None), text, phones)]
+    words, names = text.split(), phones.split()
+    counts = [len(phones_of(word).split()) for word in words]
+    found = pieces(labels, counts, cut_seconds)
+    if len(found) == 1:
+        return [(slice(None), text, phones)]
+    ends = np.cumsum([0, *counts])
+    named = len(names) == ends[-1]  # else the folder was prepared without, or with another lexicon
+    return [
+        (
+            slice(piece.start, None if piece.end == len(labels) else piece.end),
+            " ".join(words[piece.first_word : piece.end_word]),
+            " ".join(names[ends[piece.first_word] : ends[piece.end_word]]) if named else "",
+        )
+        for piece in found
+    ]
 
 
 def _phones_in(datasets: Sequence[ShardDataset]) -> tuple[str, ...]:

@@ -70,7 +70,7 @@ class Trainer:
         if self.checkpoint:
             tokenizer = Tokenizer.load(run / "tokens.txt")
         phones = start.phones if start and not config.new_tokens else None
-        self.corpus = Corpus(config.data.train, tokenizer, phones)
+        self.corpus = Corpus(config.data.train, tokenizer, phones, config.data.cut_seconds)
         self.network = self._new_network(start).to(self.device)
         self.sampler = Sampler(self.corpus, config, self.network.stride)
         self.dev = Corpus(config.data.dev, self.corpus.tokenizer, self.corpus.phones) if config.data.dev else None

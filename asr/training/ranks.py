@@ -29,7 +29,8 @@ class Ranks:
     """One rank among `world`; alone, nothing is exchanged.
 
     Where ranks meet, each one leaves a count of its meetings in torch.distributed's store. When a meeting fails (a
-    rank died, or the time limit of the process group has passed), those with a lower count are named.
+    rank died, or the time limit of the process group has passed), those with a lower count are named; where all had
+    come, those that do not notice that it failed.
 
     Args:
         rank: from 0.
@@ -53,7 +54,7 @@ class Ranks:
         """Around whatever exchanges tensors with the other ranks.
 
         Raises:
-            RankError: it failed, and some ranks have not come here.
+            RankError: it failed, and some ranks have not come here, or died or hang here.
         """
         if self.world == 1:
             yield
@@ -62,8 +63,8 @@ class Ranks:
         self._store.set(f"asr/meetings/{self.rank}", str(self._meetings))
         try:
             yield
-        except RuntimeError as error:  # gloo and NCCL raise nothing more telling
-            missing = self._missing()
+        except RuntimeError as error:
+            missing = self._missing() if _is_of_the_exchange(error) else []
             if not missing:
                 raise
             raise RankError(
@@ -102,17 +103,30 @@ class Ranks:
         self.gather([0.0])  # a tensor without elements would not be sent
 
     def _missing(self) -> list[str]:
-        """Names of the ranks that have met less often than this one."""
+        """Names of the ranks that have met less often than this one, else of those that hang in the same meeting."""
+        failed = f"asr/failed/{self._meetings}"
         self._store.set_timeout(_ANSWER)
-        missing = []
-        for rank, name in enumerate(self.names):
-            try:
-                meetings = int(self._store.get(f"asr/meetings/{rank}"))
-            except RuntimeError:  # rank 0 keeps the store: it is frozen or gone
-                return [self.names[0]]
-            if meetings < self._meetings:
-                missing.append(name)
-        return missing
+        try:
+            self._store.set(f"{failed}/{self.rank}", "seen")
+            counts = [int(self._store.get(f"asr/meetings/{rank}")) for rank in range(self.world)]
+        except RuntimeError:  # rank 0 keeps the store: it is frozen or gone
+            return [self.names[0]]
+        behind = [name for name, count in zip(self.names, counts, strict=True) if count < self._meetings]
+        here = [rank for rank, count in enumerate(counts) if count == self._meetings]
+        return behind or [self.names[rank] for rank in here if not self._comes(f"{failed}/{rank}")]
+
+    def _comes(self, key: str) -> bool:
+        """Whether the store has the key, soon at least."""
+        try:
+            self._store.get(key)  # waits for it
+        except RuntimeError:
+            return False
+        return True
+
+
+def _is_of_the_exchange(error: RuntimeError) -> bool:
+    """Whether an error comes from what exchanges tensors. Gloo's have no type of their own, but name its sources."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 class Stragglers:
