@@ -38,8 +38,9 @@ class Streams:
     more, one segment after the other: the partial texts of all other streams go on meanwhile.
 
     Python itself is the limit of many streams. Its cyclic garbage collector finds nothing here, but stops all threads
-    for tens of milliseconds: a process that serves some hundred streams calls `gc.freeze()` once it is up, and
-    `gc.set_threshold(100_000, 20, 100)`.
+    for tens of milliseconds; and where other threads do much in Python, each waits 5 ms for its turn. A process that
+    serves some hundred streams calls `gc.freeze()` once it is up, `gc.set_threshold(100_000, 20, 100)` and
+    `sys.setswitchinterval(0.0005)`.
 
     Args:
         recognizer: a model with a streaming network, opened with `threads=1`: cores are shared out here.

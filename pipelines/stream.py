@@ -222,7 +222,10 @@ def stream(
         AsrError: the model cannot be loaded or has no streaming network; or the audio broke off, and what was
             heard until then has been shown.
     """
-    session = options.load().stream(source.sample_rate, two_pass=two_pass)
+    recognizer = options.load()
+    session = recognizer.stream(source.sample_rate, two_pass=two_pass)
+    if two_pass:
+        recognizer.transcribe(np.zeros(SAMPLE_RATE, np.float32))  # what it reads with is loaded now, not in a pause
     timing = Timing()
     behind = False
     shown = 0

@@ -161,6 +161,10 @@ def test_a_dropped_recording_becomes_the_text_of_the_command(server: Served, bro
         assert browser.run("document.getElementById('heard').textContent") == f"{len(samples) / rate:.1f} s"
         assert browser.run("/^\\d+ ms$/.test(document.getElementById('lag').textContent)")
         assert browser.run("document.getElementById('count').textContent") == "2"
+    browser.run("document.getElementById('pause').value = '3'")
+    browser.drop(name, path.read_bytes())
+    assert browser.done(), browser.status()
+    assert len(browser.texts()) == 1
     browser.drop("none.wav", b"no audio")
     assert browser.until("document.getElementById('status').dataset.kind === 'error'")
     assert "cannot read none.wav" in browser.status()

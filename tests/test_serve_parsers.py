@@ -64,7 +64,7 @@ def test_any_start_is_read_or_refused(message: str | bytes) -> None:
 @given(objects("trailing_silence", "leading_silence", "max_segment", "vad") | JSON)
 def test_any_endpoint_is_read_or_refused(given_: Any) -> None:
     try:
-        assert isinstance(parse_endpoint(given_), EndpointConfig)
+        assert isinstance(parse_endpoint(given_, EndpointConfig()), EndpointConfig)
     except Refused as error:
         assert len(str(error)) < 400
 

@@ -18,6 +18,7 @@ from websockets.sync.client import ClientConnection
 
 from asr.audio import read_audio
 from asr.endpoint import EndpointConfig
+from asr.errors import ModelError
 from asr.recognizer import Network, Recognizer
 
 SAMPLES = Path(__file__).parents[1] / "scripts" / "samples" / "audio"
@@ -121,6 +122,15 @@ def test_a_session_chooses_its_endpoints(server: Served) -> None:
     assert len(expected) == 1
 
 
+def test_what_a_session_leaves_out_of_its_endpoints_is_the_servers() -> None:
+    uncut = EndpointConfig(trailing_silence=2.0, blanks=False)
+    with serving(toy_recognizer(endpoint=uncut)) as served:
+        for asked, segments in (({"leading_silence": 6.0}, 1), ({"trailing_silence": 0.5}, 2), ({}, 1)):
+            socket = begin(served.native, endpoint=asked)
+            socket.send(s16(TALK))
+            assert len(finished(socket)) == segments
+
+
 def test_the_last_words_are_not_lost(server: Served) -> None:
     socket = begin(server.native)
     socket.send(s16(spell("tail")))
@@ -158,6 +168,8 @@ def test_two_pass_without_an_offline_network_is_refused() -> None:
     assert told["code"] == "bad_settings"
     assert "offline" in told["message"]
     assert code == 1008
+    with pytest.raises(ModelError, match="no offline network"), serving(toy_recognizer(["streaming"]), two_pass=True):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -278,6 +290,33 @@ def test_vosk_alternatives_and_no_words(server: Served) -> None:
     assert all(alternatives[0].keys() == {"text", "confidence"} for alternatives in found)
     plain = vosk_client(server.vosk, s16(TALK), {"sample_rate": RATE, "words": False})
     assert {"text": "one two"} in plain
+
+
+def test_vosk_partial_words_are_those_of_the_text_and_become_those_of_the_result(server: Served) -> None:
+    config = {"sample_rate": RATE, "partial_words": True}
+    with dial(server.vosk) as socket:
+        socket.send(json.dumps({"config": config}))
+        for reset in range(2):  # after it the clock goes on
+            partials = []
+            for block in in_blocks(s16(TALK)):
+                socket.send(block)
+                reply = json.loads(socket.recv(10))
+                if "text" in reply:
+                    break
+                partials.append(reply)
+            assert reply["text"] == "one two"
+            assert all(said.keys() == {"partial", "partial_result"} for said in partials if said["partial"])
+            assert all(said["partial"] or said.keys() == {"partial"} for said in partials)
+            for said in partials:
+                assert [word["word"] for word in said.get("partial_result", [])] == said["partial"].split()
+            last, final = partials[-1]["partial_result"], reply["result"]
+            assert [word["start"] for word in last] == [word["start"] for word in final]
+            assert all(word["end"] <= known["end"] + 0.1 for word, known in zip(last, final, strict=True))
+            assert (final[0]["start"] > len(spell("one")) / RATE) == bool(reset)
+            socket.send('{"reset" : 1}')
+            socket.recv(10)
+    plain = vosk_client(server.vosk, s16(TALK), config | {"partial_words": False})
+    assert not any("partial_result" in reply for reply in plain)
 
 
 def test_vosk_one_reply_also_where_a_message_ends_two_segments(server: Served) -> None:

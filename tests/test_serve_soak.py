@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from asr.errors import AsrError
+from pipelines.serve.clients import started
 from pipelines.serve.load import run_load
 from pipelines.serve.soak import Report, run_soak
 
@@ -36,6 +38,11 @@ def test_load_is_measured() -> None:
     assert 70 <= load.replies <= 90, "four sessions of two seconds, ten messages a second"
     assert 0 < load.median <= load.p95 <= load.p99 <= load.largest
     assert load.server_cores > 0 and load.sender_cores > 0
+
+
+def test_a_server_that_does_not_start_tells_why() -> None:
+    with pytest.raises(AsrError, match=r"did not start: .*no such model"), started("--model", "no such model"):
+        pass
 
 
 @pytest.mark.slow

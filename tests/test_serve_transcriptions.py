@@ -1,5 +1,6 @@
 """OpenAI's transcription endpoint, with its own client, and what it refuses."""
 
+import itertools
 import os
 import threading
 from collections.abc import Iterator
@@ -147,9 +148,10 @@ def test_an_upload_is_bounded_in_size_and_in_what_it_unpacks_to() -> None:
         assert (unpacked.status_code, unpacked.json()["error"]["code"]) == (413, "too_long")
         large = post(served.http, os.urandom(100_000))
         assert (large.status_code, large.json()["error"]["code"]) == (413, "too_large")
+        head = b'--b\r\ncontent-disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
         endless = HTTP.post(
             f"{served.http}/v1/audio/transcriptions",
-            content=(b"x" * 10_000 for _ in range(1000)),
+            content=itertools.chain([head], (b"x" * 10_000 for _ in range(1000))),
             headers={"content-type": "multipart/form-data; boundary=b"},
         )
         assert endless.status_code == 413

@@ -125,6 +125,25 @@ def test_two_pass_finals_are_the_offline_networks(
     assert "... one tw\n" in err
 
 
+def test_the_second_network_is_there_before_the_first_sound() -> None:
+    loaded: list[str] = []
+
+    class Late(Played):
+        def blocks(self) -> Generator[Block, None, None]:
+            loaded.append("sound")
+            yield from super().blocks()
+
+    def open_offline() -> ToyEngine:
+        loaded.append("offline")
+        return ToyEngine()
+
+    networks = {"streaming": Network(TOKENIZER, ToyEngine), "offline": Network(TOKENIZER, open_offline)}
+    options: Any = SimpleNamespace(load=lambda: Recognizer(networks))
+    transcript, _, _ = stream(Late(spell("words")), options, Recorded(), two_pass=True)
+    assert loaded == ["offline", "sound"]
+    assert transcript.text == "words"
+
+
 def test_rules_say_when_a_segment_ends(
     two_segments: Path, offline_shouts: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

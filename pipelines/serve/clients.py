@@ -4,11 +4,12 @@ import asyncio
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
@@ -36,25 +37,28 @@ def started(*options: str) -> Iterator[Running]:
         AsrError: it did not start; its own message says why.
     """
     command = [sys.executable, "-m", "pipelines.cli", "serve", "--port", "0", "--vosk-port", "0", "--sherpa-port", "0"]
-    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        yield Running(process=process, addresses=_addresses(process))
-    finally:
-        process.terminate()
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=log, text=True)
         try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            yield Running(process=process, addresses=_addresses(process, log))
+        finally:
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
-def _addresses(process: subprocess.Popen[str]) -> Addresses:
+def _addresses(process: subprocess.Popen[str], log: IO[str]) -> Addresses:
     assert process.stdout is not None
     found: dict[str, str] = {}
     while len(found) < len(_LABELS):
         line = process.stdout.readline()
         if not line:
-            raise AsrError(f"asr serve did not start (exit status {process.wait()})")
+            process.wait()
+            log.seek(0)
+            raise AsrError(f"asr serve did not start: {log.read().strip().rpartition(chr(10))[2] or 'it said nothing'}")
         label, _, address = line.strip().partition(": ")
         found[_LABELS[label]] = address
     return Addresses(**found)

@@ -1,7 +1,7 @@
 """The server's own websocket protocol, /v1/stream; docs/server.md describes it."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from starlette.websockets import WebSocket
@@ -29,8 +29,8 @@ class Start:
     token: str | None = None
 
 
-def parse_start(message: str | bytes) -> Start:
-    """Read a start message.
+def parse_start(message: str | bytes, usual: EndpointConfig = EndpointConfig()) -> Start:  # noqa: B008 (frozen)
+    """Read a start message; what it leaves out of its endpoint settings is as in `usual`.
 
     Raises:
         Refused: names what is wrong with it.
@@ -47,12 +47,12 @@ def parse_start(message: str | bytes) -> Start:
     if given.get("format", "s16le") not in FORMATS:
         raise _wrong(f"format must be {' or '.join(FORMATS)}")
     if "endpoint" in given:
-        given["endpoint"] = parse_endpoint(given["endpoint"])
+        given["endpoint"] = parse_endpoint(given["endpoint"], usual)
     return Start(**given)
 
 
-def parse_endpoint(given: Any) -> EndpointConfig:
-    """Endpoint settings out of JSON; what is left out keeps its default.
+def parse_endpoint(given: Any, usual: EndpointConfig) -> EndpointConfig:
+    """Endpoint settings out of JSON; what is left out is as in `usual`.
 
     Raises:
         Refused: names what is wrong with them.
@@ -66,7 +66,7 @@ def parse_endpoint(given: Any) -> EndpointConfig:
     for name, kind in kinds.items():
         check(given, name, kind, "endpoint.")
     try:
-        return EndpointConfig(**given)
+        return replace(usual, **given)
     except ConfigError as error:
         raise _wrong(str(error)) from None
 
@@ -113,7 +113,7 @@ async def talk(channel: Channel, service: "Service", websocket: WebSocket) -> No
     message = await channel.receive(within=service.limits.start_seconds)
     if message is None:
         raise channel.ending or Refused("no start message came", code="idle")
-    start = parse_start(message)
+    start = parse_start(message, service.endpoint)
     websocket.state.known = websocket.state.known or service.access.knows(start.token)
     with service.session(channel, "native", websocket) as live:
         live.open(start.sample_rate, start.endpoint, start.two_pass)

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +26,8 @@ from pipelines.serve.service import Service
 from pipelines.serve.transcriptions import Transcriptions
 
 _RECEIVE_BYTES = 128 << 10  # of a connection, that the system may hold
-_PING_SECONDS, _PONG_SECONDS = 20.0, 60.0  # a client whose audio waits to be read answers late
+_SWITCH_SECONDS = 0.0005  # between two threads of Python
+_PING_SECONDS = 20.0  # so that proxies keep the connection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,28 @@ def run(recognizer: Recognizer, settings: Settings, started: Callable[[Addresses
             loop.add_signal_handler(number, stop.set)
         await serve(recognizer, settings, started, stop)
 
-    asyncio.run(until_signalled())
+    with many_sessions():
+        asyncio.run(until_signalled())
+
+
+@contextlib.contextmanager
+def many_sessions() -> Iterator[None]:
+    """Python set for hundreds of sessions in one process.
+
+    The cyclic garbage collector finds next to nothing, and stops all threads for tens of milliseconds. And whoever
+    sends or receives gives the interpreter away, and would wait for the usual 5 ms until the engine's thread gives it
+    back: several times for each message.
+    """
+    thresholds, interval = gc.get_threshold(), sys.getswitchinterval()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
 
 
 async def serve(
@@ -140,7 +164,7 @@ def _config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         ws=websocket,
         ws_max_size=settings.limits.message_bytes,
         ws_ping_interval=_PING_SECONDS,
-        ws_ping_timeout=_PONG_SECONDS,
+        ws_ping_timeout=None,  # an answer waits behind audio that waits; who is gone is told by his silence
         ws_per_message_deflate=False,  # so a small message cannot unpack to a large one
         lifespan="off",
         log_config=None,

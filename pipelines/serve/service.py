@@ -27,6 +27,9 @@ class Service:
         two_pass: for sessions that do not say.
         threads: of the live sessions together, a core each.
         log_text: write what is said into the log.
+
+    Raises:
+        ModelError: the model has no streaming network; or two passes, and no offline one.
     """
 
     def __init__(
@@ -43,6 +46,8 @@ class Service:
         self.recognizer, self.limits, self.access, self.log = recognizer, limits, access, log
         self.metrics = Metrics()
         self.stopping = False
+        rules = recognizer.stream(two_pass=two_pass).about["endpoint"]
+        self.endpoint = EndpointConfig(**rules) if rules else EndpointConfig()  # for sessions that do not say
         self._streams = Streams(recognizer, max_streams=limits.sessions, threads=threads)
         self._two_pass, self._log_text = two_pass, log_text
         self._channels: set[Channel] = set()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketDisconnected
 
+from asr.decoding import Word
 from asr.endpoint import EndpointConfig
 from asr.errors import AudioError
 from asr.recognizer import Segment, Update
@@ -148,7 +149,8 @@ class Live:
         self._service.metrics.reply.observe(took)
         self._service.metrics.heard(self._protocol, len(samples) / self._rate)
         self._service.note_text(self._protocol, final)
-        return replace(update, final=tuple(self._shifted(segment) for segment in final))
+        segments = tuple(self._shifted(segment) for segment in final)
+        return replace(update, final=segments, _tell_words=lambda: self._later(update.words))
 
     async def finish(self) -> tuple[Segment, ...]:
         """End the stream; return the segments that `feed` has not given."""
@@ -168,8 +170,11 @@ class Live:
     def _shifted(self, segment: Segment) -> Segment:
         if not self._began:
             return segment
-        words = tuple(replace(w, start=w.start + self._began, end=w.end + self._began) for w in segment.words)
-        return replace(segment, start=segment.start + self._began, end=segment.end + self._began, words=words)
+        start, end = segment.start + self._began, segment.end + self._began
+        return replace(segment, start=start, end=end, words=self._later(segment.words))
+
+    def _later(self, words: tuple[Word, ...]) -> tuple[Word, ...]:
+        return tuple(replace(word, start=word.start + self._began, end=word.end + self._began) for word in words)
 
 
 def _short(reason: str) -> str:

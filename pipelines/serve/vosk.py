@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from starlette.websockets import WebSocket
 
+from asr.decoding import Word
 from asr.recognizer import Segment
 from pipelines.serve.limits import Refused
 from pipelines.serve.native import check, parse_object
@@ -24,6 +25,7 @@ class Config:
 
     sample_rate: int = _DEFAULT_RATE
     words: bool = True
+    partial_words: bool = False
     max_alternatives: int = 0
 
 
@@ -64,8 +66,7 @@ def _config(given: Any) -> Config:
     check(given, "sample_rate", int, "config.")
     check(given, "max_alternatives", int, "config.")
     chosen = {name: given[name] for name in ("sample_rate", "max_alternatives") if given.get(name) is not None}
-    if given.get("words") is not None:
-        chosen["words"] = bool(given["words"])
+    chosen |= {name: bool(given[name]) for name in ("words", "partial_words") if given.get(name) is not None}
     return Config(**chosen)
 
 
@@ -99,7 +100,10 @@ async def _hear(live: Live, reader: PcmReader, audio: bytes, config: Config) -> 
     if not live.is_open:
         live.open(config.sample_rate)
     update = await live.feed(reader.read(audio))
-    return result(update.final, config) if update.final else {"partial": update.partial}
+    if update.final:
+        return result(update.final, config)
+    partial = {"partial": update.partial}
+    return partial | {"partial_result": _words(update.words)} if config.partial_words and update.words else partial
 
 
 def result(segments: Sequence[Segment], config: Config) -> dict[str, Any]:
@@ -107,24 +111,27 @@ def result(segments: Sequence[Segment], config: Config) -> dict[str, Any]:
     if config.max_alternatives > 0:
         return {"alternatives": _alternatives(segments, config)}
     text = " ".join(segment.text for segment in segments)
-    return {"result": _words(segments), "text": text} if config.words and text else {"text": text}
+    return {"result": _words(_said(segments)), "text": text} if config.words and text else {"text": text}
 
 
 def _alternatives(segments: Sequence[Segment], config: Config) -> list[dict[str, Any]]:
     if len(segments) == 1 and segments[0].alternatives:
         found = [{"text": a.text, "confidence": a.score} for a in segments[0].alternatives[: config.max_alternatives]]
     else:
-        confidences = [word.confidence for segment in segments for word in segment.words]
+        confidences = [word.confidence for word in _said(segments)]
         mean = sum(confidences) / len(confidences) if confidences else 1.0
         found = [{"text": " ".join(segment.text for segment in segments), "confidence": mean}]
     if config.words and segments:
-        found[0]["result"] = _words(segments)
+        found[0]["result"] = _words(_said(segments))
     return found
 
 
-def _words(segments: Sequence[Segment]) -> list[dict[str, Any]]:
+def _said(segments: Sequence[Segment]) -> list[Word]:
+    return [word for segment in segments for word in segment.words]
+
+
+def _words(words: Sequence[Word]) -> list[dict[str, Any]]:
     return [
         {"conf": round(word.confidence, 6), "end": round(word.end, 6), "start": round(word.start, 6), "word": word.text}
-        for segment in segments
-        for word in segment.words
+        for word in words
     ]

@@ -68,7 +68,8 @@ function see(samples, sampleRate) {
 }
 
 function connect(sampleRate, format) {
-  const start = { sample_rate: sampleRate, format, token, endpoint: { trailing_silence: $("pause").valueAsNumber || 0.8 } };
+  const start = { sample_rate: sampleRate, format, token };
+  if ($("pause").value) start.endpoint = { trailing_silence: $("pause").valueAsNumber };
   if ($("two-pass").checked) start.two_pass = true;
   return Session.open(start, { ...handlers });
 }
