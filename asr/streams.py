@@ -1,8 +1,11 @@
 """Many live streams over one recognizer: what is ready is stepped together."""
 
+import contextlib
+import gc
+import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from time import monotonic, sleep
@@ -23,6 +26,27 @@ _T = TypeVar("_T")
 # Among many streams, what comes within so many seconds is looked at together: a thread that Python wakes for each
 # block costs more than the block.
 _PAUSE = 0.001
+_SWITCH_SECONDS = 0.0005  # between two threads of Python
+
+
+@contextlib.contextmanager
+def busy_process() -> Iterator[None]:
+    """Python set for hundreds of streams in one process.
+
+    The cyclic garbage collector finds next to nothing, and stops all threads for tens of milliseconds. And whoever
+    sends or receives gives the interpreter away, and would wait for the usual 5 ms until the engine's thread gives it
+    back: several times for each message.
+    """
+    thresholds, interval = gc.get_threshold(), sys.getswitchinterval()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
 
 
 class Streams:
@@ -37,10 +61,7 @@ class Streams:
     that a stream that gives much at once gets no more than its turn. Second passes are computed by one thread
     more, one segment after the other: the partial texts of all other streams go on meanwhile.
 
-    Python itself is the limit of many streams. Its cyclic garbage collector finds nothing here, but stops all threads
-    for tens of milliseconds; and where other threads do much in Python, each waits 5 ms for its turn. A process that
-    serves some hundred streams calls `gc.freeze()` once it is up, `gc.set_threshold(100_000, 20, 100)` and
-    `sys.setswitchinterval(0.0005)`.
+    Python itself is the limit of many streams: a process that serves some hundred does so in `with busy_process():`.
 
     Args:
         recognizer: a model with a streaming network, opened with `threads=1`: cores are shared out here.

@@ -27,7 +27,8 @@ def run(setting: Setting) -> list[Figure]:
     def direct() -> None:
         """No times, no confidence, no partial text: the words of the best path."""
         for log_probs in spoken:
-            found = search.start().decode(log_probs.ctypes.data, *log_probs.shape)
+            flashlight, _ = search.start()
+            found = flashlight.decode(log_probs.ctypes.data, *log_probs.shape)
             assert len(found)
 
     def ours(frames: int | None, partial: bool = False) -> None:

@@ -21,7 +21,7 @@ from asr.audio import SAMPLE_RATE
 from asr.errors import Overloaded
 from asr.models import load_network
 from asr.recognizer import Recognizer
-from asr.streams import Streams
+from asr.streams import Streams, busy_process
 from pipelines.bench.figures import Figure, single
 from pipelines.bench.limits import measured, work_of
 from pipelines.bench.setting import Setting
@@ -191,7 +191,7 @@ def measure(
 @contextmanager
 def _ours(setting: Setting, decoding: str) -> Iterator[Callable[[], Talk]]:
     recognizer = Recognizer.load(setting.model, decoding=decoding)
-    with Streams(recognizer, max_streams=1_000_000, threads=setting.threads) as streams:
+    with busy_process(), Streams(recognizer, max_streams=1_000_000, threads=setting.threads) as streams:
         yield lambda: streams.open(keep_segments=False)
 
 

@@ -16,8 +16,8 @@ import typer
 
 from asr.audio import SAMPLE_RATE, read_audio
 from asr.errors import AsrError
+from asr.streams import busy_process
 from pipelines.serve.clients import Running, dial, native_address, s16, started
-from pipelines.serve.run import many_sessions
 
 _BLOCK_SECONDS = 0.1
 _WARM_UP_SECONDS = 5.0  # not counted
@@ -69,7 +69,7 @@ def run_load(
     speech = s16(np.concatenate([part for path in audio for part in (read_audio(path), pause)]))
     size = 2 * round(_BLOCK_SECONDS * SAMPLE_RATE)
     blocks = [speech[start : start + size] for start in range(0, len(speech) - size + 1, size)]
-    with many_sessions(), started("--max-sessions", str(sessions), *options) as server:
+    with busy_process(), started("--max-sessions", str(sessions), *options) as server:
         return asyncio.run(_measure(server, blocks, sessions, seconds, random.Random(seed)))
 
 

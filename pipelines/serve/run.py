@@ -2,11 +2,9 @@
 
 import asyncio
 import contextlib
-import gc
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +15,7 @@ from starlette.types import ASGIApp
 
 from asr.errors import AsrError, ConfigError
 from asr.recognizer import Recognizer
+from asr.streams import busy_process
 from pipelines.serve.access import Access
 from pipelines.serve.app import by_port, main_app, sherpa_app, vosk_app
 from pipelines.serve.connections import connection_classes
@@ -26,7 +25,6 @@ from pipelines.serve.service import Service
 from pipelines.serve.transcriptions import Transcriptions
 
 _RECEIVE_BYTES = 128 << 10  # of a connection, that the system may hold
-_SWITCH_SECONDS = 0.0005  # between two threads of Python
 _PING_SECONDS = 20.0  # so that proxies keep the connection
 
 
@@ -73,28 +71,8 @@ def run(recognizer: Recognizer, settings: Settings, started: Callable[[Addresses
             loop.add_signal_handler(number, stop.set)
         await serve(recognizer, settings, started, stop)
 
-    with many_sessions():
+    with busy_process():
         asyncio.run(until_signalled())
-
-
-@contextlib.contextmanager
-def many_sessions() -> Iterator[None]:
-    """Python set for hundreds of sessions in one process.
-
-    The cyclic garbage collector finds next to nothing, and stops all threads for tens of milliseconds. And whoever
-    sends or receives gives the interpreter away, and would wait for the usual 5 ms until the engine's thread gives it
-    back: several times for each message.
-    """
-    thresholds, interval = gc.get_threshold(), sys.getswitchinterval()
-    gc.freeze()
-    gc.set_threshold(100_000, 20, 100)
-    sys.setswitchinterval(_SWITCH_SECONDS)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(interval)
-        gc.set_threshold(*thresholds)
-        gc.unfreeze()
 
 
 async def serve(
