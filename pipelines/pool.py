@@ -1,4 +1,7 @@
-"""Work in order over Ray actors: lost ones are replaced, and what kills them is found out and left out."""
+"""Work in order over Ray actors: lost ones are replaced, and what kills them is found out and left out.
+
+Ray Data's actors would do for work that never kills them: what does, it tries for ever, or drops with its whole block.
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence

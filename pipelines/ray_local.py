@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,6 +62,9 @@ def start(address: str | None = None, cpus: int | None = None) -> Iterator[Modul
             reason = str(error).strip().split("\n")[0]
             raise ConfigError(f"no Ray cluster can be joined at {address!r}: {reason}") from error
         try:
+            if not ray.cluster_resources().get("CPU"):  # nothing else would say why nothing happens
+                told = f"the cluster at {address} has no processor for work yet; waiting for nodes (Ctrl-C ends this)"
+                print(told, file=sys.stderr, flush=True)
             yield ray
         finally:
             ray.shutdown()

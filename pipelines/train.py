@@ -78,8 +78,8 @@ def _write_card(config: TrainConfig, run: Path) -> None:
 
 def _log(run: Path) -> list[dict]:
     log = run / "log.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    return [json.loads(line) for line in lines]
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a row
 
 
 def train_on_ray(config: TrainConfig, run: Path, workers: tuple[int, int], address: str | None) -> Path:
@@ -91,6 +91,10 @@ def train_on_ray(config: TrainConfig, run: Path, workers: tuple[int, int], addre
     from pipelines import ray_local
 
     check_inputs(config, run)  # what cannot start is told here, not by a worker
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AsrError(f"{run}: cannot be written ({error.strerror})") from error
     with ray_local.start(address, cpus=max(workers[1], os.cpu_count() or 1)) as ray, Display() as display:
         display.follow(run / "log.jsonl")  # the workers' own output stays in Ray's logs
         failures = 0
@@ -121,7 +125,6 @@ def _fit(ray: ModuleType, config: TrainConfig, run: Path, workers: tuple[int, in
     found = int(there.get("GPU" if gpu else "CPU", 0))
     if found < least:
         note(f"the cluster has room for {found} of {least} workers; waiting for more nodes (Ctrl-C ends this)")
-    run.mkdir(parents=True, exist_ok=True)
     TorchTrainer(
         _worker,
         train_loop_config={"config": to_toml(config), "run": str(run)},

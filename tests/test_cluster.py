@@ -220,10 +220,15 @@ def assert_curve_of_one_process(config: TrainConfig, run: Path, folder: Path) ->
 @pytest.mark.timeout(300)
 def test_a_cluster_without_room_says_what_it_waits_for(tmp_path: Path) -> None:
     with cluster() as made:
+        told = made.folder / "jobs.err"
+        (manifest,) = recordings(tmp_path / "audio", manifests=1, rows=3)
+        job = made.run("prepare", manifest, "--out", tmp_path / "prepared")
+        wait_until(lambda: "no processor for work yet; waiting" in told.read_text(), "it says so", seconds=200)
         made.add_node()
+        finish(job, made)
+
         config = tone_config(write_corpus(tmp_path / "d", rows=6), epochs=1)
         (tmp_path / "c.toml").write_text(to_toml(config))
-        told = made.folder / "jobs.err"
         job = made.run("train", tmp_path / "c.toml", "--out", tmp_path / "run", "--workers", 2)
         wait_until(
             lambda: "room for 1 of 2 workers; waiting for more nodes" in " ".join(told.read_text().split()),

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from test_training import losses, tone_config
+from jobs import ray_folder
+from test_training import losses, tone_config, write_corpus
 
-from asr.errors import ConfigError
+from asr.errors import AsrError, ConfigError
 from asr.metrics import count_errors
 from asr.recognizer import Recognizer
 from pipelines.prepare import prepare
@@ -81,14 +82,23 @@ def test_stored_features_train_what_audio_trains(tmp_path: Path) -> None:
         train(augmented, tmp_path / "run-refused", workers=0)
 
 
-@pytest.mark.timeout(240)
+def test_a_run_that_cannot_be_written_is_told_before_ray_starts(tmp_path: Path) -> None:
+    config = tone_config(write_corpus(tmp_path / "data", rows=3))
+    (tmp_path / "file").touch()
+    with pytest.raises(AsrError, match=r"file/run: cannot be written \(Not a directory\)"):
+        train(config, tmp_path / "file" / "run", workers=2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_two_ray_workers_train_what_one_process_trains(tmp_path: Path) -> None:
     """The same global batches and masks: losses agree to 1 %, and the model folder is complete."""
     prepare([kana_recordings(tmp_path / "train", 30, 0)], tmp_path / "data", workers=0)
     config = tone_config(tmp_path / "data", epochs=2)
     config = dataclasses.replace(config, features=dataclasses.replace(config.features, bands=80))
     train(config, tmp_path / "one", workers=0)
-    model = train(config, tmp_path / "two", workers=2)
+    with ray_folder():
+        model = train(config, tmp_path / "two", workers=2)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one.keys() == two.keys()
     assert all(abs(one[s] - two[s]) <= 0.01 * one[s] for s in one), (one, two)

@@ -439,9 +439,14 @@ def test_two_workers_give_the_curve_of_one(tmp_path: Path) -> None:
     assert abs(scores[0] - scores[1]) <= 1e-3 * scores[0]
 
 
-def _meet_one_that_is_gone(rank: int, told: Path) -> None:
+def _meet_one_that_is_gone(rank: int, told: Path, inside: bool) -> None:
     ranks = Ranks(rank, 2, torch.device("cpu"), 60.0)
     assert ranks.gather([float(rank)]) == [[0.0], [1.0]]
+    with pytest.raises(RuntimeError, match=r"^out of memory$"), ranks.meet():
+        raise RuntimeError("out of memory")  # of this rank alone: nobody else is to blame
+    if rank == 1 and inside:
+        with ranks.meet():
+            os._exit(0)
     if rank == 1:
         os._exit(0)
     try:
@@ -451,8 +456,9 @@ def _meet_one_that_is_gone(rank: int, told: Path) -> None:
     os._exit(0)
 
 
-def test_a_rank_that_is_gone_is_named(tmp_path: Path) -> None:
-    in_two_processes(_meet_one_that_is_gone, tmp_path / "told")
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_rank_that_is_gone_is_named(tmp_path: Path, inside: bool) -> None:
+    in_two_processes(_meet_one_that_is_gone, tmp_path / "told", inside)
     assert (tmp_path / "told").read_text().startswith(f"rank 1 on {platform.node()} (process ")
 
 
