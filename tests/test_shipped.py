@@ -83,8 +83,8 @@ def joined_with_room_noise(parts: list[np.ndarray], rng: np.random.Generator) ->
     return np.concatenate(pieces)
 
 
-# The state goes on from segment to segment. A network that has learned longer gains by that (89.0 % WER apart,
-# 87.8 joined, with the next weights); the shipped one, of the first training, loses 2.5 points (91.8 apart, 94.2 joined).
+# The network's state goes on from segment to segment. A network that has learned longer gains by that (89.0 % WER
+# apart, 87.8 joined, with the next weights); the shipped one, of the first training, loses 2.5 points.
 STATE_GOES_ON = pytest.mark.xfail(reason="the shipped streaming weights lose by the state that goes on")
 
 
