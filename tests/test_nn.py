@@ -21,6 +21,7 @@ from asr.nn import (
     StridedConvolution,
     cell_of,
 )
+from asr.nn.convolution import MaskedBatchNorm
 
 
 def streaming_layers() -> dict[str, StreamingLayer]:
@@ -162,3 +163,28 @@ def test_batch_norm_ignores_padding_while_training() -> None:
 def test_a_stride_after_a_look_ahead_is_refused() -> None:
     with pytest.raises(ValueError, match="look-ahead"):
         Chain([LookAhead(4, 2), StridedConvolution(4, 4, 3, 2)])
+
+
+def test_batches_are_normalised_in_training_as_they_will_be_later() -> None:
+    """By the running statistics, whatever else is in the batch; the gradient is that of batch normalisation."""
+    torch.manual_seed(0)
+    norm = MaskedBatchNorm(5)
+    norm.running_mean.copy_(torch.randn(5) * 0.3)
+    norm.running_variance.copy_(torch.rand(5) + 0.5)
+    x = (1.3 * torch.randn(3, 8, 5) + 0.2).requires_grad_()
+    lengths = torch.tensor([8, 5, 6])
+    inside = torch.arange(8) < lengths[:, None]
+    running = norm.running_mean.clone(), norm.running_variance.clone()
+
+    later = norm.eval()(x, lengths)[inside]
+    now = norm.train()(x, lengths)[inside]
+    torch.testing.assert_close(now, later)
+    kept = x.detach()[inside]
+    torch.testing.assert_close(norm.running_mean, running[0].lerp(kept.mean(0), norm.momentum))
+
+    weight = torch.randn_like(now)
+    (gradient,) = torch.autograd.grad((now * weight).sum(), x)
+    plain = torch.nn.functional.batch_norm(x[inside], None, None, training=True, eps=norm.epsilon)
+    ratio = ((kept.var(0, correction=0) + norm.epsilon) / (running[1] + norm.epsilon)).sqrt()
+    (expected,) = torch.autograd.grad((plain * ratio * weight).sum(), x)
+    torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-4)

@@ -7,6 +7,8 @@ from torch.nn import functional as F
 
 from asr.nn.layer import State, StreamingLayer, valid, window_state, windows
 
+_RENORM_RATIO, _RENORM_SHIFT = 3.0, 5.0  # how far a batch may be from the running statistics, in deviations
+
 
 class Normalise(StreamingLayer):
     """Shift and scale each channel by stored statistics: (x - mean) / sqrt(variance).
@@ -72,7 +74,10 @@ class StridedConvolution(StreamingLayer):
 class MaskedBatchNorm(nn.Module):
     """Batch normalisation over the valid frames alone, of all ranks where training is distributed.
 
-    Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167.
+    In training, too, the output is that of the running statistics: batches hold utterances of like length, often of one
+    kind (single words, say), and a network that saw each normalised by its own statistics would not know it by others.
+    The gradient is that of batch normalisation. Batch renormalisation, Ioffe 2017, https://arxiv.org/abs/1702.03275;
+    batch normalisation, Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167.
     """
 
     running_mean: Tensor
@@ -89,6 +94,7 @@ class MaskedBatchNorm(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         """x (batch, time, size), lengths (batch,) or None where all frames are valid -> like x."""
         mean, variance = self.running_mean, self.running_variance
+        scale = (variance + self.epsilon).rsqrt()
         if self.training and lengths is not None:
             inside = valid(lengths, x.shape[1])[..., None]
             kept = torch.where(inside, x, 0.0).float()
@@ -99,12 +105,18 @@ class MaskedBatchNorm(nn.Module):
                 sums = distributed.all_reduce(sums)
             count = sums[-1].clamp(min=1.0)
             size = len(self.weight)
-            mean = sums[:size] / count
-            variance = (sums[size : 2 * size] / count - mean**2).clamp(min=0.0)
+            batch_mean = sums[:size] / count
+            batch_variance = (sums[size : 2 * size] / count - batch_mean**2).clamp(min=0.0)
+            mean = mean.clone()
             with torch.no_grad():
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_variance.lerp_(variance, self.momentum)
-        scale = self.weight * (variance + self.epsilon).rsqrt()
+                self.running_mean.lerp_(batch_mean, self.momentum)
+                self.running_variance.lerp_(batch_variance, self.momentum)
+            deviation = (batch_variance + self.epsilon).sqrt()
+            # Far from the running statistics, as at the start of training, the batch's own count.
+            ratio = (deviation * scale).detach().clamp(1 / _RENORM_RATIO, _RENORM_RATIO)
+            shift = ((batch_mean - mean) * scale).detach().clamp(-_RENORM_SHIFT, _RENORM_SHIFT)
+            scale, mean = ratio / deviation, batch_mean - shift * deviation / ratio
+        scale = self.weight * scale
         return x * scale + (self.bias - mean * scale)
 
 

@@ -194,7 +194,7 @@ def _lengths(task: str, cell: str) -> tuple[int, ...]:
     """How far a cell may climb in the quick study."""
     if cell not in ("rnn", "lstm"):
         return (10, 20, 50)
-    return (10, 20, 50, 100, 200, 400, 1000) if task == "adding" else (10, 20, 50, 100, 200)
+    return (10, 20, 50, 100, 200, 400, 1000) if task == "adding" else (10, 20, 50, 100, 200, 400)
 
 
 def _rates(task: str, cell: str, quick: bool) -> tuple[float, ...]:
@@ -215,6 +215,11 @@ def middle(rows: Sequence[Row]) -> int:
     return round(statistics.median_low([longest(row) for row in rows]))
 
 
+def reached(rows: Sequence[Row]) -> str:
+    """The longest length solved, with a plus where no longer one was tried."""
+    return f"{middle(rows)}{'+' if middle(rows) == max(rows[0]['lengths']) else ''}"
+
+
 def _read(rows: list[Row]) -> Findings:
     kinds = list(dict.fromkeys((row["cell"], row["start"]) for row in rows))
     best = {
@@ -222,13 +227,20 @@ def _read(rows: list[Row]) -> Findings:
                if pick(rows, task=task, cell=kind[0], start=kind[1])}
         for task in TASKS
     }  # fmt: skip
-    return Findings(decisions=_decide(rows, best), tables=[_table(rows, task) for task in TASKS], figure=_draw(best))
+    tables = [_table(rows, task) for task in TASKS]
+    return Findings(decisions=_decide(rows, best), tables=tables, figure=_draw(rows, best))
 
 
 Best = dict[str, dict[tuple[str, str], int]]
 
 
 def _decide(rows: list[Row], best: Best) -> list[Decision]:
+    tried = {task: max(n for row in pick(rows, task=task, cell="lstm") for n in row["lengths"]) for task in TASKS}
+
+    def further(task: str, length: int, wanted: int) -> bool | None:
+        """Whether a length was solved that is long enough; open where all that was tried was solved."""
+        return True if length >= wanted else None if length == tried[task] else False
+
     decisions = []
     for task in TASKS:
         plain = best[task]["rnn", ""]
@@ -236,38 +248,39 @@ def _decide(rows: list[Row], best: Best) -> list[Decision]:
         decisions.append(
             Decision(
                 statement=f"a plain RNN forgets, an LSTM does not: the {task} task",
-                verdict=verdict(lstm >= 4 * plain if lstm else None),
-                rule="the longest length an LSTM solves is at least four times the plain RNN's (median over seeds)",
-                evidence=f"LSTM ({start}) {lstm} steps, plain RNN {plain}",
+                verdict=verdict(further(task, lstm, 4 * plain) if lstm else None),
+                rule="the longest length an LSTM solves is at least four times the plain RNN's (median over seeds); "
+                "not decided where it solved the longest one tried",
+                evidence=f"LSTM ({start}) {lstm} steps, plain RNN {plain}; tried up to {tried[task]}",
             )
         )
     plain, starts = best["adding"]["rnn", ""], {s: n for (c, s), n in best["adding"].items() if c == "lstm"}
     lstm = max(starts.values())
-    tried = max(n for row in pick(rows, task="adding", cell="lstm") for n in row["lengths"])
     return [
         *decisions,
         Decision(
             statement="an LSTM solves the adding problem at 1000 steps (1997)",
-            verdict=verdict(lstm >= 1000 if tried >= 1000 else None),
+            verdict=verdict(further("adding", lstm, 1000)),
             rule="solved at 1000 steps or more from at least one start (median over seeds)",
-            evidence=f"longest: {', '.join(f'{s} {n}' for s, n in starts.items())}; tried up to {tried}",
+            evidence=f"longest: {', '.join(f'{s} {n}' for s, n in starts.items())}; tried up to {tried['adding']}",
         ),
         Decision(
             statement="and ten times the plain RNN's longest",
-            verdict=verdict(lstm >= 10 * plain if plain else None),
+            verdict=verdict(further("adding", lstm, 10 * plain) if plain else None),
             rule="the longest length from the best start is at least ten times the plain RNN's",
             evidence=f"{lstm} against {plain} steps",
         ),
         Decision(
             statement="an LSTM as it comes (forget bias 0) fails the adding problem at 600 steps",
-            verdict=verdict(starts["bias 0"] < 600 if tried >= 600 else None),
+            verdict=verdict(starts["bias 0"] < 600 if tried["adding"] >= 600 else None),
             rule="its longest length, with the updates allowed here, is below 600 (median over seeds)",
             evidence=f"forget bias 0: {starts['bias 0']} steps",
         ),
         Decision(
             statement="memories spread at the start (chrono) make an LSTM remember longer than a forget bias of 0 or 1",
-            verdict=verdict(starts["chrono"] > max(starts["bias 0"], starts["bias 1"])),
-            rule="the longest length of the adding problem is greater (median over seeds)",
+            verdict=verdict(further("adding", starts["chrono"], max(starts["bias 0"], starts["bias 1"]) + 1)),
+            rule="the longest length of the adding problem is greater (median over seeds); not decided where both "
+            "solved the longest one tried",
             evidence=", ".join(f"{s} {n}" for s, n in starts.items()),
         ),
     ]
@@ -279,7 +292,7 @@ def _table(rows: list[Row], task: str) -> Table:
     cells = []
     for name in dict.fromkeys(map(label, rows)):
         same = [row for row in rows if label(row) == name]
-        line = [name, str(middle(same))]
+        line = [name, reached(same)]
         for n in lengths:
             tried = [row["solved"][str(n)] for row in same if str(n) in row["solved"]]
             needed = [updates for updates in tried if updates is not None]
@@ -287,21 +300,23 @@ def _table(rows: list[Row], task: str) -> Table:
             line.append(f"{statistics.median(needed):.0f}{share}" if needed else "fails" if tried else "")
         cells.append(line)
     return Table(
-        title=f"{task.capitalize()} task: longest length solved and, for each length, the updates needed",
+        title=f"{task.capitalize()} task: longest length solved (+: no longer one was tried) and, for each length, the "
+        "updates needed",
         head=("cell", "longest", *(f"{n} steps" for n in lengths)),
         rows=cells,
     )
 
 
-def _draw(best: Best) -> Figure:
+def _draw(rows: list[Row], best: Best) -> Figure:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for axes, task in zip(figure.subplots(1, 2), TASKS, strict=True):
         names = [", ".join(filter(None, kind)) for kind in best[task]]
         lengths = list(best[task].values())
         colours = ["C3" if kind[0] == "rnn" else "C0" if kind[0] == "lstm" else "C7" for kind in best[task]]
         axes.barh(names, [max(n, 5) for n in lengths], color=colours)
-        for i, n in enumerate(lengths):
-            axes.text(max(n, 5) * 1.06, i, str(n) if n else "none", va="center", fontsize=8)
+        for i, ((cell, start), n) in enumerate(best[task].items()):
+            text = reached(pick(rows, task=task, cell=cell, start=start)) if n else "none"
+            axes.text(max(n, 5) * 1.06, i, text, va="center", fontsize=8)
         axes.set_xscale("log")
         axes.set_xlim(5, 4 * max(20, *lengths))
         axes.invert_yaxis()

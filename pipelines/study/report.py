@@ -20,7 +20,7 @@ h2 { margin-top: 3rem; border-top: 1px solid #ddd; padding-top: 1rem }
 table { border-collapse: collapse; font-size: .85rem; margin: .5rem 0 1rem; display: block; overflow-x: auto }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid #e4e4e4; text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
-table.said td { text-align: left; white-space: normal; vertical-align: top }
+table.said th, table.said td { text-align: left; white-space: normal; vertical-align: top }
 b.v { color: #fff; padding: .1rem .5rem; border-radius: .3rem; font-size: .8rem; white-space: nowrap }
 svg { max-width: 100%; height: auto }
 .how { color: #555; font-size: .9rem }
@@ -95,7 +95,11 @@ def _command(study: Study, experiment: Experiment) -> str:
 
 
 def _overview(study: Study) -> Table:
-    rows = [[experiment.claim, d.statement, d.verdict] for experiment, found in study.findings for d in found.decisions]
+    rows = [
+        ["" if i else experiment.claim, d.statement, d.verdict]
+        for experiment, found in study.findings
+        for i, d in enumerate(found.decisions)
+    ]
     return Table(title="", head=("claim", "in particular", "verdict"), rows=rows)
 
 

@@ -30,7 +30,7 @@ from pipelines.study.cost import equal_width
 NETWORKS: dict[str, dict[str, Any]] = {
     "lstm": {},
     "bilstm": {"bidirectional": True},
-    "deep": {"layers": 4},
+    "deep": {"layers": 4, "residual": True},  # without the paths it had not left the plateau after 800 updates
     "peephole": {"cell": "lstm-peephole"},
     "attention": {"attention": 50},
     "rnn": {"cell": "rnn"},
