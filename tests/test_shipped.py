@@ -83,13 +83,8 @@ def joined_with_room_noise(parts: list[np.ndarray], rng: np.random.Generator) ->
     return np.concatenate(pieces)
 
 
-# The network's state goes on from segment to segment. A network that has learned longer gains by that (89.0 % WER
-# apart, 87.8 joined, with the next weights); the shipped one, of the first training, loses 2.5 points.
-STATE_GOES_ON = pytest.mark.xfail(reason="the shipped streaming weights lose by the state that goes on")
-
-
 @pytest.mark.parametrize("minutes", [10, pytest.param(60, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("network", ["offline", pytest.param("streaming", marks=STATE_GOES_ON)])
+@pytest.mark.parametrize("network", ["offline", "streaming"])
 def test_long_audio_scores_as_its_utterances_do(
     recognizer: Recognizer, shared_speech: Path, minutes: int, network: str
 ) -> None:
