@@ -112,9 +112,9 @@ def test_what_kills_its_workers_is_lost_and_nothing_else(batches: list[list[str]
     batches=batches_with("a", "b", "c"),
     workers=st.integers(1, 4),
     seed=st.integers(),
-    died=st.sets(st.integers(0, 40), max_size=2),
+    died=st.sets(st.integers(0, 40), max_size=1),  # two in a row may befall one piece, which is then thought to kill
 )
-def test_two_workers_that_die_for_nothing_cost_nothing(
+def test_a_worker_that_dies_for_nothing_costs_nothing(
     batches: list[list[str]], workers: int, seed: int, died: set[int]
 ) -> None:
     ray = Ray(random.Random(seed).choice, [call in died for call in range(41)])
