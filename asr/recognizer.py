@@ -82,8 +82,13 @@ class Recognizer:
         """
         check_choice(engine=engine, precision=precision, threads=threads)
         folders = find_networks(path)
-        settings = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score, "nbest": nbest}
-        settings["hot_words"] = hot_words or None
+        settings = {
+            "beam": beam,
+            "lm_weight": lm_weight,
+            "word_score": word_score,
+            "nbest": nbest,
+            "hot_words": hot_words or None,
+        }
         open_search = _search_opener(path, decoding, {k: v for k, v in settings.items() if v is not None})
         networks = {}
         for name, folder in folders.items():

@@ -86,7 +86,8 @@ class BeamSearch:
         hot_words: dict[str, float] = {}  # the most that each may bring
         for words, boost in hot.items():
             hot_words |= {word: max(boost, hot_words.get(word, 0.0)) for word in words}
-        spelled = [*spelled, *(hot_words.keys() - set(spelled))]
+        known = set(spelled)
+        spelled = [*spelled, *(word for word in hot_words if word not in known)]  # in one order in every process
         dictionary = Dictionary()
         for word in spelled:
             dictionary.add_entry(word)

@@ -107,7 +107,7 @@ class MaskedBatchNorm(nn.Module):
             size = len(self.weight)
             batch_mean = sums[:size] / count
             batch_variance = (sums[size : 2 * size] / count - batch_mean**2).clamp(min=0.0)
-            mean = mean.clone()
+            mean = mean.clone()  # like `scale`, of before this batch
             with torch.no_grad():
                 self.running_mean.lerp_(batch_mean, self.momentum)
                 self.running_variance.lerp_(batch_variance, self.momentum)

@@ -110,14 +110,15 @@ class Corpus:
         sources, lengths = [], []
         for d, dataset in enumerate(self.datasets):
             for row, (text, phones_of_row) in enumerate(zip(dataset.texts, dataset.phones, strict=True)):
+                parts = _parts(dataset, row, text, phones_of_row or "", cut_seconds)
                 try:
-                    self.tokenizer.encode(text)
+                    tokens = [self.tokenizer.encode(part) for _, part, _ in parts]
                 except TextError:
                     self.unspelled.append(dataset.ids[row])
                     continue
-                for span, part, part_phones in _parts(dataset, row, text, phones_of_row or "", cut_seconds):
+                self.tokens += tokens
+                for span, _, part_phones in parts:
                     self.where.append((d, row, span))
-                    self.tokens.append(self.tokenizer.encode(part))
                     self.phone_ids.append([ids[p] for p in part_phones.split() if p in ids])
                     sources.append(dataset.sources[row])
                     end = int(dataset.n_samples[row]) if span.stop is None else span.stop * _LABEL_SAMPLES
