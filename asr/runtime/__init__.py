@@ -17,13 +17,15 @@ class OfflineEngine(Protocol):
     Attributes:
         samples_per_frame: samples to one output frame.
         vocab_size: tokens, the blank first.
+        phone_count: phones, their blank first, whose log-probabilities come behind the tokens'; 0: none do.
     """
 
     samples_per_frame: int
     vocab_size: int
+    phone_count: int
 
     def log_probs(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Float32 (samples,) each -> float32 (samples // samples_per_frame, vocab_size) each."""
+        """Float32 (samples,) each -> float32 (samples // samples_per_frame, vocab_size + phone_count) each."""
         ...
 
 
@@ -35,11 +37,13 @@ class StreamingEngine(Protocol):
         latency_frames: output lags by so many frames: the first ones of a stream are void, and after the last
             samples one step over so many frames of zeros with `flush` gives what is still held.
         vocab_size: tokens, the blank first.
+        phone_count: phones, their blank first, whose log-probabilities come behind the tokens'; 0: none do.
     """
 
     samples_per_frame: int
     latency_frames: int
     vocab_size: int
+    phone_count: int
 
     def initial_state(self, batch: int = 1) -> State:
         """The state at the start of `batch` streams."""
@@ -49,14 +53,19 @@ class StreamingEngine(Protocol):
         """Read float32 (batch, samples), samples a multiple of samples_per_frame above 0.
 
         Returns:
-            Log-probabilities (batch, samples // samples_per_frame, vocab_size) and the new state; the one
-            that went in is unchanged.
+            Log-probabilities (batch, samples // samples_per_frame, vocab_size + phone_count) and the new state; the
+            one that went in is unchanged.
         """
         ...
 
 
 def load_engine(
-    network_dir: str | Path, *, engine: str = "onnx", precision: str | None = None, threads: int = 1
+    network_dir: str | Path,
+    *,
+    engine: str = "onnx",
+    precision: str | None = None,
+    threads: int = 1,
+    phones: bool = False,
 ) -> OfflineEngine | StreamingEngine:
     """Open one network of a model.
 
@@ -66,6 +75,7 @@ def load_engine(
         precision: "fp32" or "int8"; None: what the engine does best with what is there (ONNX Runtime: int8
             before fp32; PyTorch: always fp32).
         threads: for the arithmetic of one call.
+        phones: whether log-probabilities of phones come behind those of the tokens, where the network has them.
 
     Raises:
         ModelError: the network cannot be opened so; the message says what is missing.
@@ -80,11 +90,11 @@ def load_engine(
             raise ModelError("the engine torch needs PyTorch: pip install 'streaming-asr[train]'") from None
         from asr.runtime.torch import open_network
 
-        return open_network(network_dir, threads=threads)
+        return open_network(network_dir, threads=threads, phones=phones)
     from asr.runtime.folder import find_graph
     from asr.runtime.onnx import open_graph
 
-    return open_graph(find_graph(network_dir, precision), threads=threads)
+    return open_graph(find_graph(network_dir, precision), threads=threads, phones=phones)
 
 
 def check_choice(*, engine: str, precision: str | None, threads: int) -> None:

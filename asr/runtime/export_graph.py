@@ -40,6 +40,8 @@ class GraphBuilder:
     What asr.runtime.sherpa makes otherwise it overrides: how samples come in, where states are kept, what goes out.
     """
 
+    with_phones = True
+
     def __init__(self, network: Network) -> None:
         self.network = network
         self.streaming = not network.config.model.bidirectional
@@ -52,6 +54,7 @@ class GraphBuilder:
         self.ranges: dict[str, tuple[float, float]] = {}  # of normalised tensors: where nearly all values lie
         self.lengths = ""  # int32 (batch,): each row's frames, in whole utterances
         self.row_frames = ""  # int32 (batch,): each row's frames of a step, where they differ
+        self.phones = ""  # log-probabilities (time, batch, phones), where the network writes them
         self.flush = ""  # 1 where a stream is over and its look-ahead is read out
 
     def build(self) -> onnx.ModelProto:
@@ -70,6 +73,10 @@ class GraphBuilder:
             self.lengths = self.op("Cast", self.op("Div", "lengths", stride, name="frames"), to=TensorProto.INT32)
             x = self.whole_frames("audio")
         self.add_layers(x, name="log_probs")
+        if self.phones:
+            self.op("Transpose", self.phones, perm=[1, 0, 2], name="phone_log_probs")
+            shape = ["batch", "frames_out", self.network.phone_count]
+            outputs.append(helper.make_tensor_value_info("phone_log_probs", TensorProto.FLOAT, shape))
         if self.state_shapes:
             self.pack_states(self.state_shapes)
             self.state_shapes = [[sum(map(math.prod, self.state_shapes))]]
@@ -105,6 +112,7 @@ class GraphBuilder:
             "samples_per_frame": str(network.stride),
             "latency_frames": str(network.latency),
             "vocab_size": str(len(network.tokenizer)),
+            "phone_count": str(network.phone_count if self.phones else 0),
             "state_shapes": json.dumps(self.state_shapes),
             "lstm_input_ranges": json.dumps({n: self.ranges[x] for n, x in lstms.items() if x in self.ranges}),
         }
@@ -331,6 +339,8 @@ class GraphBuilder:
 
     @add.register
     def _(self, layer: Output, x: str) -> str:
+        if layer.phones is not None and self.with_phones:
+            self.phones = self.op("LogSoftmax", self.linear(layer.phones, x), axis=-1)
         return self.op("LogSoftmax", self.linear(layer.linear, x), axis=-1)
 
     def linear(self, layer: nn.Linear, x: str) -> str:

@@ -8,7 +8,7 @@ from asr.errors import ConfigError, ModelError
 FORMAT_VERSION = 1
 NETWORKS = ("offline", "streaming")
 _GRAPHS = {"int8": "model.int8.onnx", "fp32": "model.onnx"}
-LM_FOLDER, LM_FILE, LM_WORDS = "lm", "lm.arpa.gz", "words.txt"
+LM_FOLDER, LM_FILE, LM_WORDS, LM_LEXICON = "lm", "lm.arpa.gz", "words.txt", "lexicon.txt.gz"
 _LM_FILES = ("lm.bin", LM_FILE)  # KenLM's binary form is read at once
 _SHIPPED = Path(__file__).parents[1] / "shipped"
 
@@ -76,6 +76,19 @@ def find_graph(network: Path, precision: str | None) -> Path:
         + (f" (it has {', '.join(present)})" if present else "")
         + f"; `asr export {network.parent} -o DIR --to model` makes a folder with every graph"
     )
+
+
+def find_lexicon(path: str | Path | None) -> Path | None:
+    """The pronunciations beside the n-gram model of a model folder, if it has any; None is the shipped model."""
+    found = (shipped_model() if path is None else Path(path)) / LM_FOLDER / LM_LEXICON
+    return found if found.is_file() else None
+
+
+def phones_at_output(network: Path) -> list[str]:
+    """The phones that the network in a folder writes beside its tokens, their blank first; none, if it writes none."""
+    writes = read_toml(network / "config.toml").get("model", {}).get("phone_output", False)
+    names = network / "phones.txt"
+    return names.read_text(encoding="utf-8").split() if writes and names.is_file() else []
 
 
 def find_language_model(path: str | Path | None) -> tuple[Path, Path]:

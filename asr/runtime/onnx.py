@@ -17,8 +17,13 @@ _ROWS = 4  # of whole utterances that are computed together
 _GO_ON, _FLUSH = np.zeros(1, np.float32), np.ones(1, np.float32)
 
 
-def open_graph(path: Path, *, threads: int = 1) -> "OnnxOffline | OnnxStreaming":
+def open_graph(path: Path, *, threads: int = 1, phones: bool = False) -> "OnnxOffline | OnnxStreaming":
     """Open an exported graph; its metadata says which kind it is.
+
+    Args:
+        path: the graph.
+        threads: for the arithmetic of one call.
+        phones: whether log-probabilities of phones come behind those of the tokens, where it has them.
 
     Raises:
         ModelError: it is damaged, of another version, or was not exported by this program.
@@ -33,8 +38,8 @@ def open_graph(path: Path, *, threads: int = 1) -> "OnnxOffline | OnnxStreaming"
             raise ModelError(f"{path}: for {metadata['sample_rate']} Hz, this program reads {SAMPLE_RATE} Hz")
         kind = {"offline": OnnxOffline, "streaming": OnnxStreaming}[metadata["kind"]]
         if kind is OnnxOffline:
-            return OnnxOffline(session, metadata, threads)
-        return OnnxStreaming(session if threads == 1 else _open_session(path, threads), metadata)
+            return OnnxOffline(session, metadata, threads, phones)
+        return OnnxStreaming(session if threads == 1 else _open_session(path, threads), metadata, phones)
     except (KeyError, ValueError) as error:
         raise ModelError(f"{path}: the graph's metadata is wrong ({error})") from error
 
@@ -60,14 +65,18 @@ class OnnxOffline:
     less padding and keeps more in the caches than all in one batch with the threads inside the operators.
     """
 
-    def __init__(self, session: onnxruntime.InferenceSession, metadata: dict[str, str], threads: int) -> None:
+    def __init__(
+        self, session: onnxruntime.InferenceSession, metadata: dict[str, str], threads: int, phones: bool
+    ) -> None:
         self._session = session
         self._pool = ThreadPoolExecutor(threads, "asr-offline") if threads > 1 else None
         self.samples_per_frame = int(metadata["samples_per_frame"])
         self.vocab_size = int(metadata["vocab_size"])
+        self.phone_count = int(metadata.get("phone_count", 0)) if phones else 0
+        self._outputs = ["frames", "log_probs", *(["phone_log_probs"] if self.phone_count else [])]
 
     def log_probs(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Float32 (samples,) each -> float32 (samples // samples_per_frame, vocab_size) each."""
+        """Float32 (samples,) each -> float32 (samples // samples_per_frame, vocab_size + phone_count) each."""
         order = sorted(range(len(batch)), key=lambda i: len(batch[i]))
         groups = [order[start : start + _ROWS] for start in range(0, len(order), _ROWS)]
         run = map if self._pool is None else self._pool.map
@@ -80,29 +89,35 @@ class OnnxOffline:
         audio = np.zeros((len(group), lengths.max()), np.float32)
         for row, samples in zip(audio, group, strict=True):
             row[: len(samples)] = samples
-        values, frames = self._session.run(["log_probs", "frames"], {"audio": audio, "lengths": lengths})
-        return [row[:n] for row, n in zip(np.asarray(values), np.asarray(frames), strict=True)]
+        frames, *values = self._session.run(self._outputs, {"audio": audio, "lengths": lengths})
+        return [row[:n] for row, n in zip(side_by_side(values), np.asarray(frames), strict=True)]
 
 
 class OnnxStreaming:
     """A network that reads streams (see asr.runtime.StreamingEngine)."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, metadata: dict[str, str]) -> None:
+    def __init__(self, session: onnxruntime.InferenceSession, metadata: dict[str, str], phones: bool) -> None:
         self._session = session
         self.samples_per_frame = int(metadata["samples_per_frame"])
         self.latency_frames = int(metadata["latency_frames"])
         self.vocab_size = int(metadata["vocab_size"])
+        self.phone_count = int(metadata.get("phone_count", 0)) if phones else 0
         self._shapes = [tuple(shape) for shape in json.loads(metadata["state_shapes"])]
-        self._outputs = ["log_probs", *(f"new_state_{i}" for i in range(len(self._shapes)))]
+        states = [f"new_state_{i}" for i in range(len(self._shapes))]
+        self._outputs = [*states, "log_probs", *(["phone_log_probs"] if self.phone_count else [])]
 
     def initial_state(self, batch: int = 1) -> State:
         """Zeros."""
         return tuple(np.zeros((batch, *shape), np.float32) for shape in self._shapes)
 
     def step(self, audio: np.ndarray, state: State, flush: bool = False) -> tuple[np.ndarray, State]:
-        """Read (batch, samples) -> log-probabilities (batch, frames, vocab_size), new state."""
+        """Read (batch, samples) -> log-probabilities (batch, frames, vocab_size + phone_count), new state."""
         inputs = {f"state_{i}": part for i, part in enumerate(state)}
-        log_probs, *new = self._session.run(
-            self._outputs, {"audio": audio, "flush": _FLUSH if flush else _GO_ON, **inputs}
-        )
-        return np.asarray(log_probs), tuple(np.asarray(part) for part in new)
+        results = self._session.run(self._outputs, {"audio": audio, "flush": _FLUSH if flush else _GO_ON, **inputs})
+        states = len(self._shapes)
+        return side_by_side(results[states:]), tuple(np.asarray(part) for part in results[:states])
+
+
+def side_by_side(outputs: Sequence[np.ndarray]) -> np.ndarray:
+    """Log-probabilities of tokens, and of phones where there are some, (batch, frames, both)."""
+    return np.asarray(outputs[0]) if len(outputs) == 1 else np.concatenate(outputs, axis=-1)

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Step(NamedTuple):
-    """A request: one step of the streaming network; answered with log-probabilities (frames, vocabulary), new state.
+    """A request: one step of the streaming network; answered with log-probabilities (frames, columns), new state.
 
     The arguments are those of `StreamingEngine.step`, for a batch of one.
     """
@@ -74,7 +74,8 @@ class StreamReader:
         self.decoder = open_decoder()
         self.start = self.frames = self.written = 0
         self._engine, self._open_decoder, self._visible = engine, open_decoder, visible
-        self._blank = np.where(np.arange(len(visible)) == 0, 0.0, -100.0).astype(np.float32)  # log-probabilities
+        self._blank = np.full(engine.vocab_size + engine.phone_count, -100.0, np.float32)  # log-probabilities
+        self._blank[[0, engine.vocab_size] if engine.phone_count else 0] = 0.0
         self._state = engine.initial_state()
         self._void = engine.latency_frames  # output frames still to be dropped
         self._lost = 0  # output frames still to be taken for blanks
@@ -129,7 +130,7 @@ class StreamReader:
             before -= len(log_probs)
             later.insert(0, log_probs)
         assert decoder is not None
-        following = np.concatenate([np.zeros((0, len(self._visible)), np.float32), *later])
+        following = np.concatenate(later) if later else np.zeros((0, len(self._blank)), np.float32)
         end = frame - before + self._gap(following[frame - before :][:search])
         decoder.accept(following[:end])
         self.decoder, self.start = self._open_decoder(), before + end
@@ -139,10 +140,13 @@ class StreamReader:
 
     def _gap(self, log_probs: np.ndarray) -> int:
         """The middle of the longest stretch of (frames, vocabulary) in which nothing to be seen is written."""
-        written = np.flatnonzero(self._visible[log_probs.argmax(axis=1)])
+        written = np.flatnonzero(self._visible[self._tokens(log_probs).argmax(axis=1)])
         edges = np.concatenate([[-1], written, [len(log_probs)]])
         longest = int(np.argmax(np.diff(edges)))
         return int(edges[longest] + edges[longest + 1] + 1) // 2 if len(written) else 0
+
+    def _tokens(self, log_probs: np.ndarray) -> np.ndarray:
+        return log_probs[:, : len(self._visible)]
 
     def _step(self, audio: np.ndarray, flush: bool = False) -> Work[None]:
         log_probs, self._state = yield Step(audio[None], self._state, flush)
@@ -154,7 +158,7 @@ class StreamReader:
             log_probs = np.concatenate([np.tile(self._blank, (lost, 1)), log_probs[lost:]])
             self._lost -= lost
         self.frames += len(log_probs)
-        for later, token in enumerate(reversed(log_probs.argmax(axis=1).tolist())):
+        for later, token in enumerate(reversed(self._tokens(log_probs).argmax(axis=1).tolist())):
             if self._visible[token]:
                 self.written = self.frames - later
                 break

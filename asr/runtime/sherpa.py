@@ -52,6 +52,8 @@ def sherpa_tokens(tokenizer: Tokenizer) -> str:
 class _StreamingGraph(GraphBuilder):
     """Inputs: samples int32 (batch, 2400, 1), one state float16 (batch, n). Outputs: log-probabilities, next state."""
 
+    with_phones = False  # its loaders know of none
+
     def __init__(self, network: Network) -> None:
         super().__init__(network)
         layers = network._each()

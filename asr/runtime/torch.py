@@ -12,8 +12,10 @@ from asr.models import Network, load_network
 from asr.runtime import State
 
 
-def open_network(network_dir: Path, *, threads: int = 1) -> "TorchOffline | TorchStreaming":
+def open_network(network_dir: Path, *, threads: int = 1, phones: bool = False) -> "TorchOffline | TorchStreaming":
     """Load a network from its weights; `threads` holds for all of torch in this process.
+
+    With `phones`, log-probabilities of phones come behind those of the tokens, where it has them.
 
     Raises:
         ModelError: a file is missing, damaged or does not fit.
@@ -26,19 +28,21 @@ def open_network(network_dir: Path, *, threads: int = 1) -> "TorchOffline | Torc
     except AsrError as error:
         raise ModelError(f"{error}; the model is damaged") from error
     network.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
-    return TorchOffline(network) if network.config.model.kind == "offline" else TorchStreaming(network)
+    kind = TorchOffline if network.config.model.kind == "offline" else TorchStreaming
+    return kind(network, phones)
 
 
 class TorchOffline:
     """A whole-utterance network (see asr.runtime.OfflineEngine)."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, phones: bool) -> None:
         self._network = network
         self.samples_per_frame = network.stride
         self.vocab_size = len(network.tokenizer)
+        self.phone_count = network.phone_count if phones else 0
 
     def log_probs(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Float32 (samples,) each -> float32 (samples // samples_per_frame, vocab_size) each."""
+        """Float32 (samples,) each -> float32 (samples // samples_per_frame, vocab_size + phone_count) each."""
         if not batch:
             return []
         device = _device(self._network)
@@ -47,24 +51,26 @@ class TorchOffline:
         audio = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         with torch.inference_mode():
             values, frames = self._network(audio.to(device), lengths.to(device))
+        values = values[..., : self.vocab_size + self.phone_count]
         return [row[:n] for row, n in zip(values.float().cpu().numpy(), frames.tolist(), strict=True)]
 
 
 class TorchStreaming:
     """A network that reads streams (see asr.runtime.StreamingEngine)."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, phones: bool) -> None:
         self._network = network
         self.samples_per_frame = network.stride
         self.latency_frames = network.latency
         self.vocab_size = len(network.tokenizer)
+        self.phone_count = network.phone_count if phones else 0
 
     def initial_state(self, batch: int = 1) -> State:
         """Zeros."""
         return tuple(part.cpu().numpy() for part in self._network.initial_state(batch))
 
     def step(self, audio: np.ndarray, state: State, flush: bool = False) -> tuple[np.ndarray, State]:
-        """Read (batch, samples) -> log-probabilities (batch, frames, vocab_size), new state."""
+        """Read (batch, samples) -> log-probabilities (batch, frames, vocab_size + phone_count), new state."""
         device = _device(self._network)
         parts = tuple(torch.from_numpy(part).to(device) for part in state)
         with torch.inference_mode():
@@ -72,6 +78,7 @@ class TorchStreaming:
                 log_probs, _ = self._network.finish(parts)
             else:
                 log_probs, parts = self._network.step(torch.from_numpy(audio).to(device), parts)
+        log_probs = log_probs[..., : self.vocab_size + self.phone_count]
         values = _lagging(log_probs, audio.shape[1] // self.samples_per_frame)
         return values.float().cpu().numpy(), tuple(part.cpu().numpy() for part in parts)
 

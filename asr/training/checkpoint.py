@@ -15,6 +15,7 @@ from torch import Tensor
 from asr.errors import ModelError
 from asr.files import replace_folder
 from asr.models import Network
+from asr.training.optimizer import Optimizer
 
 _KEPT = 2
 
@@ -23,7 +24,7 @@ def save_checkpoint(
     folder: Path,
     step: int,
     network: Network,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     random_states: list[Tensor],
     progress: dict,
 ) -> None:
@@ -38,9 +39,7 @@ def save_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     save_file(_owned(network.state_dict()), temporary / "weights.safetensors")
-    state = optimizer.state_dict()["state"]
-    moments = {f"{i}.{name}": value for i, entry in state.items() for name, value in entry.items()}
-    save_file(_owned(moments), temporary / "optimizer.safetensors")
+    save_file(_owned(optimizer.state_dict()), temporary / "optimizer.safetensors")
     save_file({f"rank-{i}": s.clone() for i, s in enumerate(random_states)}, temporary / "random.safetensors")
     (temporary / "progress.json").write_text(json.dumps({**progress, "step": step}), encoding="utf-8")
     replace_folder(temporary, folder / f"step-{step:08d}")
@@ -61,9 +60,7 @@ def random_state(device: torch.device) -> Tensor:
     return torch.cat(states)
 
 
-def load_checkpoint(
-    path: Path, network: Network, optimizer: torch.optim.Optimizer, rank: int, device: torch.device
-) -> dict:
+def load_checkpoint(path: Path, network: Network, optimizer: Optimizer, rank: int, device: torch.device) -> dict:
     """Restore a checkpoint into the network, the optimiser and this process's generator; gives its progress.
 
     Raises:
@@ -71,11 +68,8 @@ def load_checkpoint(
     """
     try:
         network.load_state_dict(load_file(path / "weights.safetensors"))
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in load_file(path / "optimizer.safetensors").items():
-            index, _, key = name.partition(".")
-            state.setdefault(int(index), {})[key] = value.to(device) if key != "step" else value
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        moments = load_file(path / "optimizer.safetensors")
+        optimizer.load_state_dict({k: v if k.endswith(".step") else v.to(device) for k, v in moments.items()})
         states = load_file(path / "random.safetensors")
         progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
     except Exception as error:

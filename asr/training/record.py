@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,6 +20,7 @@ from asr.files import write_atomically
 from asr.models import Network, save_network
 from asr.training.checkpoint import checkpoints, save_checkpoint
 from asr.training.display import Display
+from asr.training.optimizer import Optimizer
 from asr.training.start import fingerprints
 
 
@@ -81,7 +81,7 @@ class Record:
         self._display.show(row)
 
     def checkpoint(
-        self, step: int, network: Network, optimizer: torch.optim.Optimizer, states: list[Tensor], progress: dict
+        self, step: int, network: Network, optimizer: Optimizer, states: list[Tensor], progress: dict
     ) -> None:
         """Write a checkpoint (asr.training.checkpoint)."""
         if self.on:

@@ -100,21 +100,39 @@ def _folders(config: TrainConfig) -> list[str]:
 def take_weights(network: Network, start: Network) -> None:
     """Copy the weights of `start` into `network`, except outputs for other tokens or phones, which stay new.
 
+    A network may have more recurrent layers than `start`: those on top, and the output, stay new (Zeyer et al. 2017,
+    https://arxiv.org/abs/1606.06871, train deep stacks so).
+
     Raises:
         ConfigError: the networks are of different shapes.
     """
-    new = []
-    if network.tokenizer.tokens != start.tokenizer.tokens:
+    new = ["state_output."]  # a help in training, whose size depends on the data
+    deeper = network.config.model.layers - start.config.model.layers
+    if deeper > 0:
+        first = network.first_recurrent + start.config.model.layers
+        new += [f"layers.{i}." for i in range(first, first + deeper)]
+    if deeper > 0 or network.tokenizer.tokens != start.tokenizer.tokens:
         new.append(f"layers.{len(network.layers) - 1}.")
-    if network.phones != start.phones:
+    if network.phones != start.phones or network.config.model.phone_layer != start.config.model.phone_layer:
         new.append("phone_output.")
-    new.append("state_output.")  # a help in training, whose size depends on the data
+    if network.phones != start.phones or not start.config.model.phone_output:
+        new.append(f"layers.{len(network.layers) - 1}.phones.")
     own, theirs = network.state_dict(), start.state_dict()
-    wanted = [name for name in own if not name.startswith(tuple(new))]
-    unfit = [name for name in wanted if name not in theirs or theirs[name].shape != own[name].shape]
+    wanted = {name: _shifted(name, network, deeper) for name in own if not name.startswith(tuple(new))}
+    unfit = [name for name, old in wanted.items() if old not in theirs or theirs[old].shape != own[name].shape]
     if unfit:
-        raise ConfigError(f"init_from: {len(unfit)} tensors do not fit, the first is {unfit[0]}; use the same [model]")
-    network.load_state_dict({**own, **{name: theirs[name] for name in wanted}})
+        raise ConfigError(
+            f"init_from: {len(unfit)} tensors do not fit, the first is {unfit[0]}; use the same [model], or more layers"
+        )
+    network.load_state_dict({**own, **{name: theirs[old] for name, old in wanted.items()}})
+
+
+def _shifted(name: str, network: Network, deeper: int) -> str:
+    """What a weight behind the recurrent layers was called with fewer of them."""
+    kind, _, rest = name.partition(".")
+    number, _, rest = rest.partition(".")
+    behind = kind == "layers" and int(number) >= network.first_recurrent + network.config.model.layers
+    return f"layers.{int(number) - deeper}.{rest}" if behind and deeper > 0 else name
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:

@@ -38,9 +38,10 @@ class Losses(nn.Module):
             log_probs, frames, auxiliary = network.read_features(features, frames)
         loss = ctc(log_probs, frames, batch.tokens, batch.token_lengths, batch.counts) / max(batch.token_count, 1)
         total = loss
-        if "phones" in auxiliary and self.phone_weight:
-            phone_loss = ctc(auxiliary["phones"], frames, batch.phones, batch.phone_lengths, batch.phone_lengths > 0)
-            total = total + self.phone_weight * phone_loss / max(batch.phone_count, 1)
+        for name in ("phones", "final phones"):
+            if name in auxiliary and self.phone_weight:
+                phone_loss = ctc(auxiliary[name], frames, batch.phones, batch.phone_lengths, batch.phone_lengths > 0)
+                total = total + self.phone_weight * phone_loss / max(batch.phone_count, 1)
         if "states" in auxiliary and self.alignment_weight:
             states = auxiliary["states"].float().transpose(1, 2)
             state_loss = F.nll_loss(states, batch.states[:, : states.shape[2]], ignore_index=UNKNOWN, reduction="sum")

@@ -1,0 +1,91 @@
+"""What a CTC network says of given label sequences: their likelihood, and where their labels lie.
+
+The forward and the Viterbi recursion of Graves et al. 2006, in numpy: recognition needs no torch.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from asr.decoding import TokenSpan
+
+_BLANK = 0
+
+
+def log_likelihoods(log_probs: np.ndarray, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+    """The natural-log likelihood of each label sequence, over all its alignments.
+
+    Args:
+        log_probs: (frames, labels), the blank being label 0.
+        sequences: of labels, without blanks; also empty ones.
+
+    Returns:
+        (sequences,) float64; -inf for one that needs more frames than there are.
+    """
+    size = 2 * max(map(len, sequences), default=0) + 1
+    labels = np.full((len(sequences), size), _BLANK)
+    for row, sequence in zip(labels, sequences, strict=True):
+        row[1 : 2 * len(sequence) : 2] = sequence
+    ends = 2 * np.array([len(sequence) for sequence in sequences], np.int64)
+    inside = np.arange(size) <= ends[:, None]
+    skips = np.zeros_like(inside)
+    skips[:, 2:] = (labels[:, 2:] != _BLANK) & (labels[:, 2:] != labels[:, :-2])
+    probabilities = np.exp(log_probs, dtype=np.float64)
+
+    # Probabilities, with their sum set to 1 after each frame, cost a fifth of logarithms.
+    alpha = np.zeros((len(sequences), size + 2))  # two states before the first that are never entered
+    alpha[:, 2] = 1.0
+    if size > 1:
+        alpha[:, 3] = 1.0
+    total = np.zeros(len(sequences))
+    for t, frame in enumerate(probabilities):
+        now = alpha[:, 2:].copy()
+        if t:
+            now += alpha[:, 1:-1]
+            now += alpha[:, :-2] * skips
+        now *= frame[labels]
+        now *= inside
+        sums = now.sum(axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            total += np.log(sums)
+            alpha[:, 2:] = np.where(sums[:, None] > 0, now / sums[:, None], 0.0)
+    rows = np.arange(len(sequences))
+    last = alpha[rows, ends + 2] + np.where(ends > 0, alpha[rows, ends + 1], 0.0)
+    if not len(probabilities):
+        last = (ends == 0).astype(np.float64)
+    with np.errstate(divide="ignore"):
+        return total + np.log(last)
+
+
+def align(log_probs: np.ndarray, sequence: Sequence[int]) -> list[TokenSpan]:
+    """Where the labels of a sequence lie on its likeliest alignment: a span for each.
+
+    Args:
+        log_probs: (frames, labels), the blank being label 0.
+        sequence: labels without blanks, for which there must be frames enough.
+    """
+    labels = np.zeros(2 * len(sequence) + 1, np.int64)
+    labels[1::2] = sequence
+    size, frames = len(labels), len(log_probs)
+    skips = np.zeros(size, bool)
+    skips[2:] = (labels[2:] != _BLANK) & (labels[2:] != labels[:-2])
+    scores = np.asarray(log_probs, np.float64)[:, labels]
+    best = np.full(size + 2, -np.inf)
+    best[2:4] = scores[0, :2]
+    came = np.zeros((frames, size), np.int8)  # steps back to the predecessor
+    for t in range(1, frames):
+        options = np.stack([best[2:], best[1:-1], np.where(skips, best[:-2], -np.inf)])
+        came[t] = options.argmax(axis=0)
+        best[2:] = options.max(axis=0) + scores[t]
+    state = size - 1 if size == 1 or best[size + 1] >= best[size] else size - 2
+    path = np.zeros(frames, np.int64)
+    for t in range(frames - 1, -1, -1):
+        path[t] = state
+        state -= int(came[t, state])
+    spans = []
+    for i, label in enumerate(sequence):
+        own = np.flatnonzero(path == 2 * i + 1)
+        first, end = int(own[0]), int(own[-1]) + 1
+        confidence = np.minimum(np.exp(scores[first:end, 2 * i + 1]), 1.0).mean()
+        spans.append(TokenSpan(int(label), first, end, float(confidence)))
+    return spans
