@@ -51,11 +51,11 @@ def to_float(samples: np.ndarray) -> np.ndarray:
         raise AudioError(f"samples are {samples.dtype}; give int16, or float32 in [-1, 1]")
     if samples.ndim not in (1, 2) or (samples.ndim == 2 and not 1 <= samples.shape[1] <= _MOST_CHANNELS):
         raise AudioError(f"samples have shape {samples.shape}; give (n,) or (n, channels)")
-    if samples.dtype == np.int16:
+    if samples.dtype.type is np.int16:
         peak = 1.0
         floats = np.multiply(samples, np.float32(2**-15), dtype=np.float32)
     else:
-        peak = float(np.abs(samples).max(initial=0))
+        peak = float(np.maximum.reduce(np.abs(samples), axis=None, initial=0))
         if not math.isfinite(peak):
             raise AudioError("samples hold NaN or infinity")
         if peak > _LOUDEST_FLOAT:
