@@ -38,7 +38,7 @@ _said_mixed_down = False
 
 
 def to_float(samples: np.ndarray) -> np.ndarray:
-    """Return `samples` as mono float32 (n,) in [-1, 1].
+    """Return `samples` as mono float32 (n,) in [-1, 1]; those that are so already, uncopied.
 
     Args:
         samples: int16, float32 or float64, (n,) or (n, channels); channels are averaged, floats are clipped.
@@ -60,7 +60,7 @@ def to_float(samples: np.ndarray) -> np.ndarray:
             raise AudioError("samples hold NaN or infinity")
         if peak > _LOUDEST_FLOAT:
             raise AudioError(f"float samples reach {peak:g}; scale them to [-1, 1], or give int16")
-        floats = samples.astype(np.float32)
+        floats = samples.astype(np.float32, copy=False)
     if floats.ndim == 2:
         floats = floats.mean(axis=1, dtype=np.float32)
     return np.clip(floats, -1, 1) if peak > 1 else floats

@@ -1,5 +1,6 @@
 """Where an utterance ends: cuts in a stream of samples."""
 
+from array import array
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ class Endpointer:
         self.paused = False  # whether there was a pause when it was last decided, so also at the last cut
         self._rest = _NOTHING  # samples of an unfinished unit
         self._energies: list[float] = []  # of its frames, where they were given
-        self._levels: deque[list[float]] = deque()  # dB of the frames that a cut may fall on, unit by unit
+        self._levels: deque[array[float]] = deque()  # dB of the frames that a cut may fall on, unit by unit
         self._now = 0  # samples judged
         self._last_cut = 0
         self._spoken = False  # since the last cut
@@ -104,7 +105,7 @@ class Endpointer:
             self._now += UNIT
             levels = [10 * log10(energy / FRAME + 1e-9) for energy in self._energies[:UNIT_FRAMES]]
             del self._energies[:UNIT_FRAMES]
-            self._levels.append(levels)
+            self._levels.append(array("d", levels))
             if len(self._levels) > self._kept:
                 self._levels.popleft()
             span = self._judge(self._detector.accept(samples[start : start + UNIT], levels), written)

@@ -89,7 +89,7 @@ class Session:
             AudioError: samples that cannot be read; the session goes on without them.
             AsrError: the session is finished.
         """
-        return run(self.feeding(samples), self.answer)
+        return run(self.feeding(np.array(samples)), self.answer)  # the caller may use its buffer again
 
     def finish(self) -> Transcript:
         """End the audio and return all that was said; called again, it returns the same."""
@@ -105,7 +105,10 @@ class Session:
         return Snapshot.write(self, self.about)
 
     def feeding(self, samples: np.ndarray) -> Work[Update] | Update:
-        """`feed`, as work for whoever has the networks (see asr.runtime.reader), or at once where there is none."""
+        """`feed`, as work for whoever has the networks (see asr.runtime.reader), or at once where there is none.
+
+        The samples are kept as they are: nobody may change them.
+        """
         self._check_open()
         samples = self._clock.process(samples)
         self._heard.append(samples)

@@ -5,11 +5,11 @@ import gc
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from time import monotonic, sleep
-from types import EllipsisType, TracebackType
+from types import EllipsisType, GeneratorType, TracebackType
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -323,7 +323,7 @@ class Stream:
             except Exception as error:
                 self._settle(error)
                 continue
-            if isinstance(work, Generator):
+            if isinstance(work, GeneratorType):
                 self._work = work
                 self._advance(None)
             else:

@@ -4,7 +4,7 @@ What reads is written as a generator: it yields what the networks shall compute 
 has each request answered at once (`run`); many streams have theirs gathered and answered together (`Gathering`).
 """
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from time import monotonic
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -261,7 +261,8 @@ class Gathering(Generic[T]):
     """Steps that wait to be computed, each with whom it belongs to; those of one kind can be one call."""
 
     def __init__(self) -> None:
-        self._kinds: dict[tuple[int, bool], deque[tuple[float, T, Step]]] = {}  # by length and flush
+        # by length and flush
+        self._kinds: defaultdict[tuple[int, bool], deque[tuple[float, T, Step]]] = defaultdict(deque)
         self._count = 0
 
     def __len__(self) -> int:
@@ -275,7 +276,7 @@ class Gathering(Generic[T]):
     def add(self, owner: T, step: Step) -> None:
         """Put a step at the end of the queue."""
         kind = (step.audio.shape[1], step.flush)
-        self._kinds.setdefault(kind, deque()).append((monotonic(), owner, step))
+        self._kinds[kind].append((monotonic(), owner, step))
         self._count += 1
 
     def take(self, rows: int) -> list[tuple[T, Step]]:
