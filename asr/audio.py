@@ -38,7 +38,7 @@ _said_mixed_down = False
 
 
 def to_float(samples: np.ndarray) -> np.ndarray:
-    """Return `samples` as mono float32 (n,) in [-1, 1].
+    """Return `samples` as mono float32 (n,) in [-1, 1]; those that are so already, uncopied.
 
     Args:
         samples: int16, float32 or float64, (n,) or (n, channels); channels are averaged, floats are clipped.
@@ -51,16 +51,16 @@ def to_float(samples: np.ndarray) -> np.ndarray:
         raise AudioError(f"samples are {samples.dtype}; give int16, or float32 in [-1, 1]")
     if samples.ndim not in (1, 2) or (samples.ndim == 2 and not 1 <= samples.shape[1] <= _MOST_CHANNELS):
         raise AudioError(f"samples have shape {samples.shape}; give (n,) or (n, channels)")
-    if samples.dtype == np.int16:
+    if samples.dtype.type is np.int16:
         peak = 1.0
         floats = np.multiply(samples, np.float32(2**-15), dtype=np.float32)
     else:
-        peak = float(np.abs(samples).max(initial=0))
+        peak = float(np.maximum.reduce(np.abs(samples), axis=None, initial=0))
         if not math.isfinite(peak):
             raise AudioError("samples hold NaN or infinity")
         if peak > _LOUDEST_FLOAT:
             raise AudioError(f"float samples reach {peak:g}; scale them to [-1, 1], or give int16")
-        floats = samples.astype(np.float32)
+        floats = samples.astype(np.float32, copy=False)
     if floats.ndim == 2:
         floats = floats.mean(axis=1, dtype=np.float32)
     return np.clip(floats, -1, 1) if peak > 1 else floats

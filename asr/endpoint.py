@@ -1,14 +1,20 @@
 """Where an utterance ends: cuts in a stream of samples."""
 
+from array import array
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import log10
 
 import numpy as np
 
 from asr.audio import SAMPLE_RATE
+from asr.decoding.sound import frame_energies
 from asr.errors import ConfigError
 from asr.vad import FRAME, UNIT, UNIT_FRAMES, VADS, open_detector
 
+_NOTHING = np.zeros(0, np.float32)
 _SEARCH = 5 * SAMPLE_RATE  # samples: a forced cut falls into so much audio before the limit
 
 
@@ -61,11 +67,13 @@ class Endpointer:
         self._leading = round(config.leading_silence * SAMPLE_RATE)
         self._max = round(config.max_segment * SAMPLE_RATE)
         self._search = min(_SEARCH, self._max // 2)
+        self._kept = self.lookback // UNIT  # units
         self._detector = open_detector(config.vad, self._trailing)
         self._blanks = config.blanks
         self.paused = False  # whether there was a pause when it was last decided, so also at the last cut
-        self._rest = np.zeros(0, np.float32)  # samples of an unfinished unit
-        self._levels: list[float] = []  # dB of the frames that a cut may fall on
+        self._rest = _NOTHING  # samples of an unfinished unit
+        self._energies: list[float] = []  # of its frames, where they were given
+        self._levels: deque[array[float]] = deque()  # dB of the frames that a cut may fall on, unit by unit
         self._now = 0  # samples judged
         self._last_cut = 0
         self._spoken = False  # since the last cut
@@ -75,7 +83,9 @@ class Endpointer:
         """A cut lies at most so many samples before the end of what was accepted when it is found."""
         return max(self._search, self._trailing * UNIT) + 2 * UNIT
 
-    def accept(self, samples: np.ndarray, written: int | None = None) -> list[int]:
+    def accept(
+        self, samples: np.ndarray, written: int | None = None, energies: Sequence[float] | None = None
+    ) -> list[int]:
         """Take float32 (n,) at 16 kHz, also n = 0; return new cuts as positions in the stream, in samples.
 
         Cuts ascend; each is above 0 and at most at the end of what was accepted.
@@ -83,30 +93,34 @@ class Endpointer:
         Args:
             samples: what follows; with `written` to the end of a unit of 100 ms at most.
             written: where the last thing that the streaming network wrote so far ends, in samples; None: without.
+            energies: of the frames of 10 ms that end in these samples, from a caller who always has them.
         """
         if len(self._rest):
             samples = np.concatenate([self._rest, samples])
         whole = len(samples) // UNIT * UNIT
-        self._rest = samples[whole:].copy()
-        if not whole:
-            return []
-        energies = np.add.reduce(np.square(samples[:whole].reshape(-1, FRAME)), axis=1).tolist()
-        levels = [10 * log10(energy / FRAME + 1e-9) for energy in energies]
-        del self._levels[: -self.lookback // FRAME]
-        first = self._now // FRAME - len(self._levels)  # frame number of _levels[0]
-        self._levels += levels
+        self._rest = samples[whole:].copy() if whole < len(samples) else _NOTHING
+        self._energies += frame_energies(samples[:whole]).tolist() if energies is None else energies
         cuts: list[int] = []
         for start in range(0, whole, UNIT):
             self._now += UNIT
-            unit_levels = levels[start // FRAME : start // FRAME + UNIT_FRAMES]
-            span = self._judge(self._detector.accept(samples[start : start + UNIT], unit_levels), written)
+            levels = [10 * log10(energy / FRAME + 1e-9) for energy in self._energies[:UNIT_FRAMES]]
+            del self._energies[:UNIT_FRAMES]
+            self._levels.append(array("d", levels))
+            if len(self._levels) > self._kept:
+                self._levels.popleft()
+            span = self._judge(self._detector.accept(samples[start : start + UNIT], levels), written)
             if span is not None:
-                frames = range(*(position // FRAME for position in span))
-                quietest = min(frames, key=lambda frame: self._levels[frame - first])
-                self._last_cut = quietest * FRAME + FRAME // 2
+                self._last_cut = self._quietest(*span)
                 self._spoken = False
                 cuts.append(self._last_cut)
         return cuts
+
+    def _quietest(self, start: int, end: int) -> int:
+        """The middle of the quietest frame between two positions, in samples."""
+        levels = list(chain.from_iterable(self._levels))
+        first = self._now // FRAME - len(levels)  # frame number of levels[0]
+        frames = range(start // FRAME, end // FRAME)
+        return min(frames, key=lambda frame: levels[frame - first]) * FRAME + FRAME // 2
 
     def _judge(self, quiet: int, written: int | None) -> tuple[int, int] | None:
         """Apply the rules after `quiet` units without voice; return the span of samples to cut in, if one ends here."""

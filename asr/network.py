@@ -134,7 +134,11 @@ class Network:
 
     def text(self, spans: Iterable[TokenSpan]) -> str:
         """The text of tokens."""
-        return " ".join("".join([self.tokens[span.token] for span in spans]).split())
+        return " ".join(self.letters(spans).split())
+
+    def letters(self, spans: Iterable[TokenSpan]) -> str:
+        """Tokens as they are spelled; spaces may be double, or at the ends."""
+        return "".join([self.tokens[span.token] for span in spans])
 
     def segment(
         self,

@@ -14,7 +14,7 @@ from asr.endpoint import EndpointConfig, Endpointer
 from asr.errors import AsrError, ConfigError
 from asr.network import Network, Segment, Transcript, transcript_of
 from asr.runtime import StreamingEngine
-from asr.runtime.reader import BLOCK_FRAMES, Reread, Step, StreamReader, Work, run
+from asr.runtime.reader import BLOCK_FRAMES, Reread, Step, StreamReader, Work, parted, run
 from asr.snapshot import Snapshot
 from asr.vad import UNIT
 
@@ -65,7 +65,7 @@ class Session:
             raise ConfigError("two_pass: a segment that never ends is never read again; give an endpoint")
         self._clock = Clock(sample_rate)
         self._network, self._second = network, second
-        self._endpoint = endpoint
+        self._endpoint, self._frame_samples = endpoint, network.engine.samples_per_frame
         self._endpointer = None if endpoint is None else Endpointer(endpoint)
         lookback = self._endpointer.lookback if self._endpointer else 0
         self._reader = StreamReader(network.engine, network.decoder, network.visible, lookback, block_frames)
@@ -76,7 +76,8 @@ class Session:
         self._heard: list[np.ndarray] = []  # samples at 16 kHz that fill no block of the network yet
         self._lacking = self._reader.lacking  # until they do
         self._partial, self._partial_frames = "", 0  # the open segment's text, and after how many frames
-        self._spans: list[TokenSpan] = []  # the text's tokens
+        self._letters, self._spelled = "", 0  # of the first tokens of the open segment, and how many they are
+        self._pending: list[TokenSpan] = []  # the tokens after those that its decoder has written
         self._keep = keep_segments
         self._segments: list[Segment] = []
         self._finished: Transcript | None = None
@@ -88,7 +89,7 @@ class Session:
             AudioError: samples that cannot be read; the session goes on without them.
             AsrError: the session is finished.
         """
-        return run(self.feeding(samples), self.answer)
+        return run(self.feeding(np.array(samples)), self.answer)  # the caller may use its buffer again
 
     def finish(self) -> Transcript:
         """End the audio and return all that was said; called again, it returns the same."""
@@ -104,7 +105,10 @@ class Session:
         return Snapshot.write(self, self.about)
 
     def feeding(self, samples: np.ndarray) -> Work[Update] | Update:
-        """`feed`, as work for whoever has the networks (see asr.runtime.reader), or at once where there is none."""
+        """`feed`, as work for whoever has the networks (see asr.runtime.reader), or at once where there is none.
+
+        The samples are kept as they are: nobody may change them.
+        """
         self._check_open()
         samples = self._clock.process(samples)
         self._heard.append(samples)
@@ -125,8 +129,7 @@ class Session:
     def answer(self, request: Step | Reread) -> Any:
         """What the network says, asked for this session alone."""
         if isinstance(request, Step):
-            log_probs, state = self._network.engine.step(*request)
-            return log_probs[0], state
+            return parted(self._network.engine, *self._network.engine.step(*request))[0]
         return self.reread(request)
 
     def reread(self, request: Reread) -> list[Hypothesis]:
@@ -168,44 +171,56 @@ class Session:
     def _reading(self) -> Work[Update]:
         final = yield from self._take()
         if self._reader.frames != self._partial_frames:
-            self._spans = self._reader.decoder.tokens()
-            self._partial = self._network.text(self._spans)
-            self._partial_frames = self._reader.frames
+            self._spell()
         return self._update(tuple(final))
 
+    def _spell(self) -> None:
+        """Bring the open segment's text up to date; what its decoder has written was spelled before."""
+        decoder = self._reader.decoder
+        self._letters += self._network.letters(decoder.written[self._spelled :])
+        self._spelled, self._pending = len(decoder.written), decoder.pending()
+        self._partial = " ".join((self._letters + self._network.letters(self._pending)).split())
+        self._partial_frames = self._reader.frames
+
     def _update(self, final: tuple[Segment, ...] = ()) -> Update:
-        start, end = self._clock.seconds(self._start, self._clock.samples)
-        edge = (self._start - self._position(self._reader.start)) / SAMPLE_RATE
-        frame = self._network.engine.samples_per_frame / SAMPLE_RATE
-        about = {"start": start, "end": end, "frame": frame, "edge": edge}
-        words = partial(words_from_tokens, self._spans, self._network.tokens, **about)
+        written = self._reader.decoder.written  # it will grow
+        clock, first = self._clock, self._position(self._reader.start)
+        times = (self._start, clock.samples, clock.duration, first)
+        words = partial(_words, self._network, written, len(written), self._pending, *times)
         return Update(partial=self._partial, final=final, _tell_words=words)
 
     def _take(self) -> Work[list[Segment]]:
         """Read what was heard; return the segments that it closes."""
-        samples = self._heard[0] if len(self._heard) == 1 else np.concatenate(self._heard)
-        self._heard = []
-        self._levels.accept(samples)
-        position = self._clock.samples - len(samples)
+        reader, heard, self._heard = self._reader, self._heard, []
+        position = self._clock.samples - sum(map(len, heard))
         closed: list[Segment] = []
-        while len(samples):
-            # Unit by unit: what the network has written when it is asked must not depend on how samples come.
-            piece = samples[: UNIT - position % UNIT] if self._endpointer else samples
-            samples, position = samples[len(piece) :], position + len(piece)
-            self._reader.push(piece)
-            if self._reader.lacking <= 0:
-                yield from self._reader.read()
-            if self._second is not None:
-                self._audio.append(piece)
-            if self._endpointer and self._endpoint:
-                cuts = self._endpointer.accept(piece, self._position(self._reader.written))
-                if cuts and self._endpoint.reset and self._endpointer.paused:
-                    self._reader.restart()
-                search = 0 if self._endpointer.paused else _SEARCH_FRAMES
-                self._cuts += [(cut, search) for cut in cuts]
-                closed += yield from self._close_at_cuts()
-        self._lacking = self._reader.lacking
+        for samples in heard:
+            energies = self._levels.accept(samples).tolist()
+            while len(samples):
+                # Unit by unit: what the network has written when it is asked must not depend on how samples come.
+                piece = samples[: UNIT - position % UNIT] if self._endpointer else samples
+                samples, position = samples[len(piece) :], position + len(piece)
+                reader.push(piece)
+                while (step := reader.step()) is not None:
+                    reader.accept((yield step))
+                if self._second is not None:
+                    self._audio.append(piece)
+                if self._endpointer:
+                    self._find_cuts(self._endpointer, piece, energies)
+                    energies = []
+                if self._cuts:
+                    closed += yield from self._close_at_cuts()
+        self._lacking = reader.lacking
         return closed
+
+    def _find_cuts(self, endpointer: Endpointer, piece: np.ndarray, energies: list[float]) -> None:
+        """Let the endpointer hear what follows; `energies` are those of all that was heard with it."""
+        cuts = endpointer.accept(piece, self._position(self._reader.written), energies)
+        if cuts:
+            if self._endpoint and self._endpoint.reset and endpointer.paused:
+                self._reader.restart()
+            search = 0 if endpointer.paused else _SEARCH_FRAMES
+            self._cuts += [(cut, search) for cut in cuts]
 
     def _close_at_cuts(self, *, ended: bool = False) -> Work[list[Segment]]:
         """Close the segments whose end has been read, or all, where the stream has ended."""
@@ -231,6 +246,7 @@ class Session:
         levels = self._levels.take((end - self._start) / SAMPLE_RATE)
         self._start = end
         self._partial_frames = -1  # the text so far was of the segment that is closed
+        self._letters, self._spelled = "", 0
         segment = network.segment(hypotheses, *times, levels, edge)
         found = [] if segment is None else [segment]
         if self._keep:
@@ -239,11 +255,31 @@ class Session:
 
     def _frame(self, sample: int) -> int:
         """The frame, of the stream, that begins nearest to a sample."""
-        return round((sample + _EDGE) / self._network.engine.samples_per_frame)
+        return round((sample + _EDGE) / self._frame_samples)
 
     def _position(self, frame: int) -> int:
         """The sample at which a frame begins; the first ones lie in the silence before the stream."""
-        return frame * self._network.engine.samples_per_frame - _EDGE
+        return frame * self._frame_samples - _EDGE
+
+
+def _words(
+    network: Network,
+    written: list[TokenSpan],
+    count: int,
+    pending: list[TokenSpan],
+    start: int,
+    end: int,
+    duration: float,
+    first: int,
+) -> list[Word]:
+    """The words of an open segment: of the first `count` tokens written and those pending.
+
+    The segment lies from sample `start` to sample `end` of `duration` seconds; its frames begin at sample `first`.
+    """
+    begins, ends = min(start / SAMPLE_RATE, duration), min(end / SAMPLE_RATE, duration)
+    frame, edge = network.engine.samples_per_frame / SAMPLE_RATE, (start - first) / SAMPLE_RATE
+    spans = [*written[:count], *pending]
+    return words_from_tokens(spans, network.tokens, start=begins, end=ends, frame=frame, edge=edge)
 
 
 class Clock:

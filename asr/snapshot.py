@@ -10,8 +10,10 @@ import dataclasses
 import io
 import json
 import zipfile
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,12 @@ import numpy as np
 from asr.errors import AsrError, ModelError
 
 _VERSION = 1
-_CONTAINERS: dict[str, Callable[[list[Any]], Any]] = {"list": list, "tuple": tuple, "deque": deque}
+_CONTAINERS: dict[str, Callable[[list[Any]], Any]] = {
+    "list": list,
+    "tuple": tuple,
+    "deque": deque,
+    "array": partial(array, "d"),
+}
 
 
 class Snapshot:

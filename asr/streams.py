@@ -5,11 +5,11 @@ import gc
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from time import monotonic, sleep
-from types import EllipsisType, TracebackType
+from types import EllipsisType, GeneratorType, TracebackType
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -220,7 +220,7 @@ class Streams:
     def _hand_out(self, streams: "list[Stream]", answer: Any) -> None:
         self._groups -= 1
         self._flying -= len(streams)
-        answers = [answer] * len(streams) if isinstance(answer, Exception) else parted(*answer)
+        answers = [answer] * len(streams) if isinstance(answer, Exception) else parted(self._engine, *answer)
         for stream, own in zip(streams, answers, strict=True):
             stream.go_on(own)
 
@@ -323,7 +323,7 @@ class Stream:
             except Exception as error:
                 self._settle(error)
                 continue
-            if isinstance(work, Generator):
+            if isinstance(work, GeneratorType):
                 self._work = work
                 self._advance(None)
             else:

@@ -1,5 +1,6 @@
 """Voice activity: whether a stream holds speech, told from its energy or by silero's small network."""
 
+from array import array
 from bisect import bisect_left, insort
 from functools import cache
 from importlib.util import find_spec
@@ -90,8 +91,8 @@ class _Recent:
     """A level in the last 10 s, by time and by size."""
 
     def __init__(self) -> None:
-        self.by_time: list[float] = []
-        self.by_size: list[float] = []
+        # Arrays: of many streams, numbers that lie side by side are sooner read than objects that lie anywhere.
+        self.by_time, self.by_size = array("d"), array("d")
 
     def add(self, value: float) -> None:
         self.by_time.append(value)

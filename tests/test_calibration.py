@@ -16,7 +16,7 @@ from asr.decoding.calibration import (
     probability,
     save_calibration,
 )
-from asr.decoding.sound import Levels, levels_of, sounds
+from asr.decoding.sound import Levels, _percentile, levels_of, sounds
 from asr.errors import ModelError
 
 RATE = 16_000
@@ -121,6 +121,11 @@ def test_levels_do_not_depend_on_how_samples_come(sizes: list[int], seed: int) -
     first, second = levels.take(0.1), levels.take(1.0)
     assert np.array_equal(np.concatenate([first, second]), levels_of(samples))
     assert len(first) == 10
+
+
+@given(st.lists(st.floats(-200, 200, width=32), min_size=1, max_size=50), st.sampled_from([0.1, 0.98]))
+def test_percentiles_are_numpys_bit_for_bit(values: list[float], part: float) -> None:
+    assert _percentile(np.sort(values), part) == np.percentile(values, 100 * part)
 
 
 def test_confidence_is_a_logistic_function_of_the_evidence() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asr.decoding import TokenSpan, words_from_tokens
+from asr.decoding import TokenSpan, best_of, words_from_tokens
 from asr.decoding.greedy import GreedyDecoder
 
 TOKENS = ("<blank>", " ", "a", "b")
@@ -47,6 +47,18 @@ def test_an_open_token_is_told_and_grows() -> None:
     (span,) = decoder.tokens()
     assert (span.start_frame, span.end_frame) == (0, 3)
     assert span.confidence == pytest.approx((0.9 + 0.9 + 0.6) / 3, abs=1e-6)
+
+
+def test_what_is_written_only_grows_and_the_best_of_each_frame_may_be_known_before() -> None:
+    one, other = GreedyDecoder(), GreedyDecoder()
+    written = one.written
+    for frames in (log_probs([2, 3, 3], 0.7), log_probs([3, 0, 1], 0.9), log_probs([0, 0])):
+        before = written.copy()
+        one.accept(frames)
+        other.accept(frames, best_of(frames))
+        assert one.written is written and written[: len(before)] == before
+        assert one.tokens() == written + one.pending() == other.tokens()
+    assert [s.token for s in written] == [2, 3, 1]
 
 
 def test_a_copy_goes_its_own_way() -> None:

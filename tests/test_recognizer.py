@@ -280,6 +280,22 @@ def test_bad_samples_are_refused_and_the_session_goes_on() -> None:
     assert session.finish() == model.transcribe(np.concatenate([speech(1), speech(1, seed=1)]), RATE, "streaming")
 
 
+def test_the_callers_buffer_may_be_used_again_and_words_that_were_told_stay() -> None:
+    model, _ = recognizer()
+    audio = conversation([(2.0, 0.6), (1.0, 0.2)])
+    one, other = model.stream(), model.stream()
+    buffer = np.empty(1000, np.float32)
+    told = []
+    for start in range(0, len(audio) // 1000 * 1000, 1000):
+        buffer[:] = audio[start : start + 1000]
+        update = one.feed(buffer)
+        assert update == other.feed(audio[start : start + 1000])
+        told.append((update, update.words))
+    assert one.finish() == other.finish()
+    assert [update.words for update, _ in told] == [words for _, words in told]
+    assert max(len(words) for _, words in told) > 3
+
+
 def test_integers_and_floats_are_the_same_audio() -> None:
     model, _ = recognizer()
     audio = np.rint(conversation([(2, 0.8), (1, 0.1)]) * 32768).astype(np.int16)

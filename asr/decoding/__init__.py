@@ -41,15 +41,36 @@ class Hypothesis:
     score: float
 
 
-class Decoder(Protocol):
-    """Searches the log-probabilities of one segment as they arrive; costs the same for every block."""
+Best = tuple[list[int], list[float]]  # the likeliest token of each frame, and its log-probability
 
-    def accept(self, log_probs: np.ndarray) -> None:
-        """Take the next frames, (frames, vocabulary), also none; the blank is token 0."""
+
+def best_of(log_probs: np.ndarray) -> Best:
+    """Those of (frames, vocabulary)."""
+    return log_probs.argmax(axis=1).tolist(), log_probs.max(axis=1).tolist()
+
+
+class Decoder(Protocol):
+    """Searches the log-probabilities of one segment as they arrive; costs the same for every block.
+
+    Attributes:
+        written: the first of the best tokens, which stay what they are: this list only grows.
+    """
+
+    written: list[TokenSpan]
+
+    def accept(self, log_probs: np.ndarray, best: Best | None = None) -> None:
+        """Take the next frames, (frames, vocabulary), also none; the blank is token 0.
+
+        `best` is `best_of(log_probs)` from a caller who has it: it is found at less cost for many streams at once.
+        """
+        ...
+
+    def pending(self) -> list[TokenSpan]:
+        """The best tokens that follow those written, as they look so far."""
         ...
 
     def tokens(self) -> list[TokenSpan]:
-        """The best tokens so far, in order."""
+        """The best tokens so far, in order: those written and those pending."""
         ...
 
     def finish(self) -> list["Hypothesis"]:

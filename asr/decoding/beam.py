@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from asr.decoding import Hypothesis, TokenSpan
+from asr.decoding import Best, Hypothesis, TokenSpan
 from asr.decoding.ctc import align, log_likelihoods
 from asr.decoding.hot_words import Phrases, check_hot_words
 from asr.errors import ConfigError, ModelError
@@ -294,16 +294,16 @@ class BeamDecoder:
     shared = ("_search", "_running")  # not of the state that asr.snapshot keeps: the blocks are searched again
 
     def __init__(self, search: BeamSearch) -> None:
+        self.written: list[TokenSpan] = []  # committed
         self._search = search
-        self._written: list[TokenSpan] = []  # committed
         self._first = 0  # the first frame that is not committed
         self._blocks: list[np.ndarray] = []  # the frames from there on
         self._frames = 0  # in the blocks
         # Searches that have read the blocks; None in a copy that has not been used yet.
         self._running: list[_Running] | None = None
 
-    def accept(self, log_probs: np.ndarray) -> None:
-        """Take the next frames, (frames, tokens + phones), also none."""
+    def accept(self, log_probs: np.ndarray, best: Best | None = None) -> None:
+        """Take the next frames, (frames, tokens + phones), also none; the best ones alone do not help here."""
         while len(log_probs):
             block = np.array(log_probs[: _COMMIT_FRAMES - self._frames], np.float32, order="C")
             log_probs = log_probs[len(block) :]
@@ -316,7 +316,7 @@ class BeamDecoder:
 
     def tokens(self) -> list[TokenSpan]:
         """The best tokens so far; the last word may be unfinished."""
-        return self._written + self._best_spans()
+        return self.written + self.pending()
 
     def finish(self) -> list[Hypothesis]:
         """End the segment: whole words only; the best hypothesis first, at least one."""
@@ -328,7 +328,7 @@ class BeamDecoder:
         by_tokens.read(end)
         found, nbest = by_tokens.finish(), self._search.config.nbest
         if not by_phones or not self._frames:
-            return [Hypothesis((*self._written, *self._spans(h.tokens)), h.score) for h in found[:nbest]]
+            return [Hypothesis((*self.written, *self._spans(h.tokens)), h.score) for h in found[:nbest]]
         candidates: dict[tuple[int, ...], float] = {}
         for h in [*found[:_CANDIDATES], *by_phones[0].finish()[:_CANDIDATES]]:
             words = tuple(word for word in h.words if word >= 0)
@@ -337,7 +337,7 @@ class BeamDecoder:
         weighed = self._search.weigh(log_probs, candidates)
         best = sorted(weighed, key=lambda words: -weighed[words])[:nbest]
         return [
-            Hypothesis((*self._written, *self._aligned(log_probs, words)), weighed[words])
+            Hypothesis((*self.written, *self._aligned(log_probs, words)), weighed[words])
             for words in best
             if weighed[words] > -np.inf
         ]
@@ -345,7 +345,7 @@ class BeamDecoder:
     def copy(self) -> "BeamDecoder":
         """The decoder as it stands now; its first use searches again from the last commit."""
         other = BeamDecoder(self._search)
-        copied = {"_written": self._written.copy(), "_blocks": self._blocks.copy(), "_running": None}
+        copied = {"written": self.written.copy(), "_blocks": self._blocks.copy(), "_running": None}
         other.__dict__.update(self.__dict__ | copied)
         return other
 
@@ -363,7 +363,8 @@ class BeamDecoder:
                     running.read(block)
         return self._running
 
-    def _best_spans(self) -> list[TokenSpan]:
+    def pending(self) -> list[TokenSpan]:
+        """The best tokens that are not committed; the last word may be unfinished."""
         # get_best_hypothesis() would leave out the unfinished word
         found = self._search_so_far()[0].search.get_all_final_hypothesis()
         return self._spans(max(found, key=lambda h: h.score).tokens) if found else []
@@ -384,10 +385,10 @@ class BeamDecoder:
     def _commit(self) -> None:
         """Write down what is best but the last seconds, cut behind a word; search on from there."""
         latest = self._first + self._frames - _LOOKBACK_FRAMES
-        spans = self._best_spans()
+        spans = self.pending()
         spaces = [span.end_frame for span in spans if span.token == self._search.space and span.end_frame <= latest]
         cut = spaces[-1] if spaces else latest
-        self._written += [span for span in spans if span.end_frame <= cut]
+        self.written += [span for span in spans if span.end_frame <= cut]
         rest = np.concatenate(self._blocks)[cut - self._first :]
         self._blocks, self._frames, self._first, self._running = [rest], len(rest), cut, None
 

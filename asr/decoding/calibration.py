@@ -17,7 +17,7 @@ CALIBRATION_FILE = "calibration.json"  # in the folder of a network
 _LOWEST = 1e-10  # probability
 _WEIGHTS = 5
 _SHORTEST = 0.05  # seconds of a word
-_NOWHERE = np.zeros((2, 0))
+_NOWHERE: tuple[list[float], list[float]] = ([], [])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,20 +48,21 @@ class Calibration:
         """
         if not words or self == Calibration():
             return list(words)
-        begins, after = (start + x for x in (sounds(levels) if levels is not None and self.reach else _NOWHERE))
+        edges = sounds(levels) if levels is not None and self.reach else _NOWHERE
+        begins, after = ([start + float(time) for time in times if not math.isnan(time)] for times in edges)
         shifted = [(word.start + self.start_shift, word.end + self.end_shift) for word in words]
         middles = [(first + last) / 2 for first, last in shifted]
         starts: list[float] = []
         for (time, _), before in zip(shifted, [-math.inf, *middles], strict=False):  # a border is one word's alone
-            found = _nearest(begins[begins > before], time, self.reach)
+            found = _nearest([edge for edge in begins if edge > before], time, self.reach)
             starts.append(min(max(found, start, *starts[-1:]), end))
         ends: list[float] = []
         for (_, time), following, first, second in zip(
             shifted, [*middles[1:], math.inf], starts, [*starts[1:], end], strict=True
         ):
             # A word does not go on behind a pause: a network that hears the future may keep its last letter until then.
-            inside = after[(after > first + _SHORTEST) & (after < time)]
-            found = float(inside[0]) if len(inside) else _nearest(after[after < following], time, self.reach)
+            inside = [edge for edge in after if first + _SHORTEST < edge < time]
+            found = inside[0] if inside else _nearest([edge for edge in after if edge < following], time, self.reach)
             ends.append(min(max(found, first), second))
         confidences = [word.confidence for word in words]
         if self.confidence:
@@ -72,10 +73,10 @@ class Calibration:
         ]
 
 
-def _nearest(edges: np.ndarray, time: float, reach: float) -> float:
-    """The nearest of `edges`, some of them NaN, if it is within reach; else `time` itself."""
-    near = edges[np.abs(edges - time) <= reach]
-    return float(near[np.abs(near - time).argmin()]) if len(near) else time
+def _nearest(edges: Sequence[float], time: float, reach: float) -> float:
+    """The nearest of `edges` if it is within reach; else `time` itself."""
+    nearest = min(edges, key=lambda edge: abs(edge - time), default=time)
+    return nearest if abs(nearest - time) <= reach else time
 
 
 def evidence(words: Sequence[Word]) -> np.ndarray:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -118,6 +119,6 @@ class OnnxStreaming:
         return side_by_side(results[states:]), tuple(np.asarray(part) for part in results[:states])
 
 
-def side_by_side(outputs: Sequence[np.ndarray]) -> np.ndarray:
+def side_by_side(outputs: Sequence[Any]) -> np.ndarray:
     """Log-probabilities of tokens, and of phones where there are some, (batch, frames, both)."""
     return np.asarray(outputs[0]) if len(outputs) == 1 else np.concatenate(outputs, axis=-1)

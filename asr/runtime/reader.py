@@ -4,7 +4,7 @@ What reads is written as a generator: it yields what the networks shall compute 
 has each request answered at once (`run`); many streams have theirs gathered and answered together (`Gathering`).
 """
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from time import monotonic
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -12,7 +12,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from asr.audio import EDGE_SILENCE_SECONDS, SAMPLE_RATE
-from asr.decoding import Decoder, Hypothesis
+from asr.decoding import Best, Decoder, Hypothesis, best_of
 from asr.runtime import State, StreamingEngine
 
 _EDGE = np.zeros(round(EDGE_SILENCE_SECONDS * SAMPLE_RATE), np.float32)
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Step(NamedTuple):
-    """A request: one step of the streaming network; answered with log-probabilities (frames, columns), new state.
+    """A request: one step of the streaming network; answered with what it wrote.
 
     The arguments are those of `StreamingEngine.step`, for a batch of one.
     """
@@ -30,6 +30,14 @@ class Step(NamedTuple):
     audio: np.ndarray
     state: State
     flush: bool
+
+
+class Written(NamedTuple):
+    """The answer to a step: log-probabilities (frames, tokens + phones), each frame's best token, the new state."""
+
+    log_probs: np.ndarray
+    best: Best
+    state: State
 
 
 class Reread(NamedTuple):
@@ -61,7 +69,7 @@ class StreamReader:
         block_frames: of the network, that are read at a time.
     """
 
-    shared = ("_engine", "_open_decoder", "_visible", "_blank")  # not of the state that asr.snapshot keeps
+    shared = ("_engine", "_open_decoder", "_visible", "_seen", "_blank")  # not of the state that asr.snapshot keeps
 
     def __init__(
         self,
@@ -74,6 +82,7 @@ class StreamReader:
         self.decoder = open_decoder()
         self.start = self.frames = self.written = 0
         self._engine, self._open_decoder, self._visible = engine, open_decoder, visible
+        self._seen = visible.tolist()
         self._blank = np.full(engine.vocab_size + engine.phone_count, -100.0, np.float32)  # log-probabilities
         self._blank[[0, engine.vocab_size] if engine.phone_count else 0] = 0.0
         self._state = engine.initial_state()
@@ -83,33 +92,36 @@ class StreamReader:
         self._kept = -(-lookback // self._block)  # blocks
         self._past: deque[tuple[np.ndarray, Decoder | None]] = deque()  # log-probabilities, the decoder before them
         self._waiting = [_EDGE]  # samples that fill no block yet
-        self.lacking = self._block - len(_EDGE)  # samples until they do; where it is not above 0, `read` has work
+        self.lacking = self._block - len(_EDGE)  # samples until they do; where it is not above 0, there is a step
 
     def push(self, samples: np.ndarray) -> None:
         """Take float32 (n,) at 16 kHz, to be read."""
         self._waiting.append(samples)
         self.lacking -= len(samples)
 
-    def read(self) -> Work[None]:
-        """Read what was pushed as far as whole blocks go."""
-        samples = np.concatenate(self._waiting)
-        whole = len(samples) // self._block * self._block
-        for start in range(0, whole, self._block):
-            yield from self._step(samples[start : start + self._block])
-        self._waiting = [samples[whole:].copy()]
-        self.lacking = self._block - (len(samples) - whole)
+    def step(self) -> Step | None:
+        """The step over the next whole block; its answer goes to `accept`. None: it is not full yet."""
+        if self.lacking > 0:
+            return None
+        samples = self._waiting[0] if len(self._waiting) == 1 else np.concatenate(self._waiting)
+        rest = samples[self._block :]
+        self._waiting = [rest if len(rest) >= self._block else rest.copy()]
+        self.lacking += self._block
+        return Step(samples[None, : self._block], self._state, False)
 
     def finish(self) -> Work[None]:
         """End the stream: read what is left of it, and 250 ms of silence."""
         self.push(_EDGE)
-        yield from self.read()
+        while (step := self.step()) is not None:
+            self.accept((yield step))
         frame = self._engine.samples_per_frame
-        rest = self._waiting[0]
+        rest = np.concatenate(self._waiting)
         rest = rest[: len(rest) // frame * frame]  # what is left after it is silence
         if len(rest):
-            yield from self._step(rest)
+            self.accept((yield Step(rest[None], self._state, False)))
         if self._engine.latency_frames:
-            yield from self._step(np.zeros(self._engine.latency_frames * frame, np.float32), flush=True)
+            silence = np.zeros((1, self._engine.latency_frames * frame), np.float32)
+            self.accept((yield Step(silence, self._state, True)))
 
     def restart(self) -> None:
         """Forget voice and room: what follows is read as if the stream began here, in a pause."""
@@ -148,23 +160,29 @@ class StreamReader:
     def _tokens(self, log_probs: np.ndarray) -> np.ndarray:
         return log_probs[:, : len(self._visible)]
 
-    def _step(self, audio: np.ndarray, flush: bool = False) -> Work[None]:
-        log_probs, self._state = yield Step(audio[None], self._state, flush)
-        void = min(self._void, len(log_probs))
-        self._void -= void
-        log_probs = log_probs[void:] if void else log_probs
-        if self._lost:
-            lost = min(self._lost, len(log_probs))
-            log_probs = np.concatenate([np.tile(self._blank, (lost, 1)), log_probs[lost:]])
-            self._lost -= lost
+    def accept(self, answer: Written) -> None:
+        """Take what a step wrote."""
+        log_probs, best, self._state = answer
+        if self._void or self._lost:
+            log_probs, best = self._without_void(log_probs)
         self.frames += len(log_probs)
-        for later, token in enumerate(reversed(self._tokens(log_probs).argmax(axis=1).tolist())):
-            if self._visible[token]:
+        for later, token in enumerate(reversed(best[0])):
+            if self._seen[token]:
                 self.written = self.frames - later
                 break
-        self._decode(log_probs)
+        self._decode(log_probs, best)
 
-    def _decode(self, log_probs: np.ndarray) -> None:
+    def _without_void(self, log_probs: np.ndarray) -> tuple[np.ndarray, Best]:
+        """What counts of (frames, vocabulary) where a state is new."""
+        void = min(self._void, len(log_probs))
+        self._void -= void
+        log_probs = log_probs[void:]
+        lost = min(self._lost, len(log_probs))
+        self._lost -= lost
+        log_probs = np.concatenate([np.tile(self._blank, (lost, 1)), log_probs[lost:]])
+        return log_probs, best_of(self._tokens(log_probs))
+
+    def _decode(self, log_probs: np.ndarray, best: Best | None = None) -> None:
         if not len(log_probs):
             return
         if self._kept:
@@ -173,7 +191,7 @@ class StreamReader:
             while len(self._past) >= self._kept + _CHECKPOINT_BLOCKS:
                 for _ in range(_CHECKPOINT_BLOCKS):
                     self._past.popleft()
-        self.decoder.accept(log_probs)
+        self.decoder.accept(log_probs, best)
 
 
 def run(work: Work[T] | T, answer: Callable[[Step | Reread], Any]) -> T:
@@ -218,7 +236,7 @@ def _answer_group(
     advance: Callable[[int, Work[T], Any], None],
 ) -> None:
     group = waiting.take(rows)
-    answers = parted(*engine.step(*joined([step for _, step in group])))
+    answers = parted(engine, *engine.step(*joined([step for _, step in group])))
     for ((number, work), _), answer in zip(group, answers, strict=True):
         advance(number, work, answer)
 
@@ -231,19 +249,25 @@ def joined(steps: Sequence[Step]) -> Step:
     return Step(np.concatenate([step.audio for step in steps]), state, steps[0].flush)
 
 
-def parted(log_probs: np.ndarray, state: State) -> list[tuple[np.ndarray, State]]:
+def parted(engine: StreamingEngine, log_probs: np.ndarray, state: State) -> list[Written]:
     """What a step of many rows gave, as the answer of each row."""
+    by_token = log_probs[..., : engine.vocab_size]
+    tokens, values = by_token.argmax(axis=2).tolist(), by_token.max(axis=2).tolist()
     if len(log_probs) == 1:
-        return [(log_probs[0], state)]
+        return [Written(log_probs[0], (tokens[0], values[0]), state)]
     # copies: a row that outlives its batch must not keep the whole of it
-    return [(row, tuple([part[i : i + 1].copy() for part in state])) for i, row in enumerate(log_probs)]
+    return [
+        Written(row, (tokens[i], values[i]), tuple([part[i : i + 1].copy() for part in state]))
+        for i, row in enumerate(log_probs)
+    ]
 
 
 class Gathering(Generic[T]):
     """Steps that wait to be computed, each with whom it belongs to; those of one kind can be one call."""
 
     def __init__(self) -> None:
-        self._kinds: dict[tuple[int, bool], deque[tuple[float, T, Step]]] = {}  # by length and flush
+        # by length and flush
+        self._kinds: defaultdict[tuple[int, bool], deque[tuple[float, T, Step]]] = defaultdict(deque)
         self._count = 0
 
     def __len__(self) -> int:
@@ -257,7 +281,7 @@ class Gathering(Generic[T]):
     def add(self, owner: T, step: Step) -> None:
         """Put a step at the end of the queue."""
         kind = (step.audio.shape[1], step.flush)
-        self._kinds.setdefault(kind, deque()).append((monotonic(), owner, step))
+        self._kinds[kind].append((monotonic(), owner, step))
         self._count += 1
 
     def take(self, rows: int) -> list[tuple[T, Step]]:
