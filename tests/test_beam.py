@@ -287,3 +287,74 @@ def test_what_cannot_be_is_refused(
         with pytest.raises(ModelError, match=r"lm\.arpa\.gz: not a readable language model.*train-lm"):
             BeamSearch(damaged, ("to", "be"), TOKENS, BeamConfig())
     assert capfd.readouterr() == ("", "")
+
+
+# ---- a network that writes phones beside its tokens
+
+PHONES = ("<blank>", "B", "IY", "N", "T", "UW", "AA")
+SAID = {"to": [["T", "UW"]], "two": [["T", "UW"]], "bee": [["B", "IY"]], "not": [["N", "AA", "T"]]}
+SAID_LINES = ["to be", "two bee", "not two bee", "to bee"]
+
+
+def both(letters: str, said: str, probability: float = 0.6) -> np.ndarray:
+    """Log-probabilities of letters, and of phones behind them: a phone a frame in `said`, "_" for the blank."""
+    values = frames(letters, probability, (*TOKENS, "w"))
+    phones = np.full((len(letters), len(PHONES)), math.log((1 - probability) / (len(PHONES) - 1)), np.float32)
+    for row, phone in zip(phones, said.split(), strict=True):
+        row[PHONES.index("<blank>" if phone == "_" else phone)] = math.log(probability)
+    return np.concatenate([values, phones], axis=1)
+
+
+def phone_search(folder: Path, **settings: float) -> BeamSearch:
+    model, words = make_lm(folder, SAID_LINES)
+    config = BeamConfig(**{"lm_weight": 0.3, "phone_lm_weight": 0.3, "word_score": 0.0, **settings})  # type: ignore[arg-type]
+    return BeamSearch(model, words, (*TOKENS, "w"), config, PHONES, SAID)
+
+
+def test_what_the_letters_spell_badly_the_phones_tell(tmp_path: Path) -> None:
+    heard = both("to_n_t_n_____", "T UW _ _ _ _ B _ IY _ _ _ _")
+    found = phone_search(tmp_path, phone_share=1.0)()
+    found.accept(heard)
+    tokens = (*TOKENS, "w")
+    best = found.finish()[0].tokens
+    assert text(best, tokens) in ("to bee", "two bee")
+    assert [tokens[span.token] for span in best] == list(text(best, tokens))  # a span for each letter
+    assert all(a.end_frame <= b.start_frame for a, b in itertools.pairwise(best))
+
+
+def test_letters_part_what_sounds_alike(tmp_path: Path) -> None:
+    search = phone_search(tmp_path)
+    for word in ("to", "two"):
+        decoder = search()
+        decoder.accept(both(f"{word}_ bee__"[:8], "T UW _ _ B IY _ _"))
+        assert text(decoder.finish()[0].tokens, (*TOKENS, "w")).split()[0] == word
+
+
+def test_a_word_without_pronunciation_is_still_found_by_its_letters(tmp_path: Path) -> None:
+    decoder = phone_search(tmp_path)()
+    decoder.accept(both("to be_____", "T UW _ B _ IY _ _ _ _", 0.8))
+    assert text(decoder.finish()[0].tokens, (*TOKENS, "w")) == "to be"  # "be" is not in SAID
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 200), cuts=st.lists(st.integers(0, 30), max_size=6))
+def test_phones_in_any_blocks_give_one_text(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, cuts: list[int]
+) -> None:
+    search = phone_search(tmp_path_factory.mktemp("lm"))
+    letters, phones = random_frames(seed, 30, len(TOKENS) + 1), random_frames(seed + 1, 30, len(PHONES))
+    log_probs = np.concatenate([letters, phones], axis=1)
+    whole, parts = search(), search()
+    whole.accept(log_probs)
+    expected = whole.copy().finish()
+    for a, b in itertools.pairwise([0, *sorted(cuts), 30]):
+        parts.accept(log_probs[a:b])
+        parts.tokens()
+    assert parts.finish() == expected == whole.finish()
+
+
+def test_silence_is_no_word_to_either(tmp_path: Path) -> None:
+    decoder = phone_search(tmp_path)()
+    assert decoder.copy().finish()[0].tokens == ()
+    decoder.accept(both("_" * 20, " ".join("_" * 20), 0.95))
+    assert text(decoder.finish()[0].tokens, (*TOKENS, "w")) == ""

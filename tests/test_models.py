@@ -10,17 +10,19 @@ import torch
 from contract import check_streaming, check_whole
 
 from asr.config import FeatureConfig, ModelConfig, NetworkConfig
-from asr.errors import ModelError
+from asr.errors import ConfigError, ModelError
 from asr.models import Network, load_network, save_network
 from asr.runtime.export import build_graph, export_model, write_graphs
 from asr.text import Tokenizer
+from asr.training.start import take_weights
 
 
-def tiny_network(*, bidirectional: bool, look_ahead: int = 0, seed: int = 0) -> Network:
+def tiny_network(*, bidirectional: bool, look_ahead: int = 0, seed: int = 0, layers: int = 2) -> Network:
     torch.manual_seed(seed)
     model = ModelConfig(
-        bidirectional=bidirectional, channels=(12, 10), hidden=8, layers=2, look_ahead=look_ahead, phone_layer=1
-    )
+        bidirectional=bidirectional, channels=(12, 10), hidden=8, layers=layers, look_ahead=look_ahead, phone_layer=1,
+        phone_output=True,
+    )  # fmt: skip
     config = NetworkConfig(format_version=1, features=FeatureConfig(bands=20), model=model)
     tokenizer = Tokenizer.characters(["abc'"])
     network = Network(config, tokenizer, torch.full((20,), -9.0), torch.full((20,), 4.0), ("<blank>", "AA", "B"))
@@ -52,9 +54,31 @@ def test_offline_network_refuses_to_stream() -> None:
 def test_a_frame_is_forty_milliseconds_and_probabilities_add_up() -> None:
     network = tiny_network(bidirectional=True)
     log_probs, frames = network(audio(16_000, 2), torch.tensor([16_000, 10_000]))
-    assert log_probs.shape == (2, 25, len(network.tokenizer))
+    tokens = len(network.tokenizer)
+    assert log_probs.shape == (2, 25, tokens + 3)
     assert frames.tolist() == [25, 15]
-    assert torch.allclose(log_probs.exp().sum(-1), torch.ones(2, 25), atol=1e-5)
+    for each in (log_probs[..., :tokens], log_probs[..., tokens:]):  # of the tokens, and of the phones
+        assert torch.allclose(each.exp().sum(-1), torch.ones(2, 25), atol=1e-5)
+
+
+@pytest.mark.parametrize(("bidirectional", "look_ahead"), [(True, 0), (False, 3)])
+def test_a_deeper_network_starts_from_a_shallower_one(bidirectional: bool, look_ahead: int) -> None:
+    start = tiny_network(bidirectional=bidirectional, look_ahead=look_ahead, seed=1)
+    deeper = tiny_network(bidirectional=bidirectional, look_ahead=look_ahead, seed=2, layers=4)
+    before = {name: value.clone() for name, value in deeper.state_dict().items()}
+    take_weights(deeper, start)
+    after, given = deeper.state_dict(), start.state_dict()
+    first = deeper.first_recurrent
+    for name, value in after.items():
+        layer = int(name.split(".")[1]) if name.startswith("layers.") else -1
+        if first + 2 <= layer < first + 4 or layer == len(deeper.layers) - 1:
+            assert torch.equal(value, before[name]), name  # the new layers, and the output on top of them
+        elif layer >= first + 4:
+            assert torch.equal(value, given[f"layers.{layer - 2}.{name.split('.', 2)[2]}"]), name  # the look-ahead
+        else:
+            assert torch.equal(value, given[name]), name
+    with pytest.raises(ConfigError, match="do not fit"):
+        take_weights(start, deeper)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
@@ -120,15 +144,15 @@ def test_the_streaming_graph_in_blocks_equals_pytorch_whole(look_ahead: int, blo
     session = onnxruntime.InferenceSession(build_graph(network).SerializeToString())
     shapes = json.loads(session.get_modelmeta().custom_metadata_map["state_shapes"])
     state = {f"state_{i}": np.zeros((2, *s), np.float32) for i, s in enumerate(shapes)}
-    names = ["log_probs", *(f"new_{name}" for name in state)]
+    names = ["log_probs", "phone_log_probs", *(f"new_{name}" for name in state)]
     outputs = []
     blocks = [(x[:, i : i + 640 * block].numpy(), 0.0) for i in range(0, x.shape[1], 640 * block)]
     if look_ahead:
         blocks.append((np.zeros((2, 640 * look_ahead), np.float32), 1.0))
     for samples, flush in blocks:
-        y, *after = session.run(names, {"audio": samples, "flush": np.array([flush], np.float32), **state})
+        tokens, phones, *after = session.run(names, {"audio": samples, "flush": np.array([flush], np.float32), **state})
         state = dict(zip(state, map(np.asarray, after), strict=True))
-        outputs.append(np.asarray(y))
+        outputs.append(np.concatenate([tokens, phones], axis=-1))
     got = np.concatenate(outputs, axis=1)[:, look_ahead:]
     assert got.shape == tuple(expected.shape)
     assert np.abs(got - expected.detach().numpy()).max() < 1e-4

@@ -18,6 +18,9 @@ pytest.importorskip("torch", reason="needs the extra [train] to make a network")
 pytest.importorskip("onnx", reason="needs the extra [train] to export a network")
 
 
+PHONES = ("<blank>", "AA", "B", "K")
+
+
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete model folder with random networks, both graphs each."""
@@ -32,13 +35,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(3)
     for bidirectional in (True, False):
         config = ModelConfig(
-            bidirectional=bidirectional, channels=(12, 10), hidden=16, layers=2, look_ahead=0 if bidirectional else 3
-        )
+            bidirectional=bidirectional, channels=(12, 10), hidden=16, layers=2, look_ahead=0 if bidirectional else 3,
+            phone_output=True,
+        )  # fmt: skip
         network = Network(
             NetworkConfig(format_version=1, features=FeatureConfig(bands=20), model=config),
             Tokenizer.characters(["abc"]),
             torch.full((20,), -9.0),
             torch.full((20,), 4.0),
+            PHONES,
         )
         for parameter in network.parameters():
             parameter.data += 0.3 * torch.randn_like(parameter)
@@ -61,11 +66,14 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
 CHOICES = [("onnx", "fp32"), ("onnx", "int8"), ("torch", None)]
 
 
-def test_offline_engines_agree_and_rows_do_not_touch_each_other(tiny_model: Path) -> None:
+@pytest.mark.parametrize("phones", [False, True])
+def test_offline_engines_agree_and_rows_do_not_touch_each_other(tiny_model: Path, phones: bool) -> None:
     batch = [speech(1.3, seed=1), speech(0.5, seed=2), speech(2.0, seed=3)]
-    reference = load_engine(tiny_model / "offline", engine="torch").log_probs(batch)
+    reference = load_engine(tiny_model / "offline", engine="torch", phones=phones).log_probs(batch)
     assert [len(r) for r in reference] == [len(b) // 640 for b in batch]
-    engine = load_engine(tiny_model / "offline", precision="fp32")
+    engine = load_engine(tiny_model / "offline", precision="fp32", phones=phones)
+    assert engine.phone_count == (len(PHONES) if phones else 0)
+    assert {row.shape[1] for row in reference} == {engine.vocab_size + engine.phone_count}
     for row, expected, samples in zip(engine.log_probs(batch), reference, batch, strict=True):
         np.testing.assert_allclose(row, expected, atol=2e-4)
         np.testing.assert_allclose(row, engine.log_probs([samples])[0], atol=1e-5)
@@ -93,14 +101,14 @@ def test_streaming_engines_give_the_reference_in_any_blocks(
     audio = np.stack([speech(2.0, seed=s)[: 640 * 48] for s in (1, 2)])
     with torch.inference_mode():
         whole, _ = load_network(tiny_model / "streaming")(torch.from_numpy(audio), torch.tensor([640 * 48] * 2))
-    network = load_engine(tiny_model / "streaming", engine=engine, precision=precision, threads=1)
-    assert network.latency_frames == 3
+    network = load_engine(tiny_model / "streaming", engine=engine, precision=precision, threads=1, phones=True)
+    assert (network.latency_frames, network.phone_count) == (3, len(PHONES))
     for block in (1, 2, 4, 16, 48):
         state, parts = network.initial_state(2), []
         for start in range(0, audio.shape[1], block * 640):
             before = [part.copy() for part in state]
             log_probs, following = network.step(audio[:, start : start + block * 640], state)
-            assert log_probs.shape == (2, block, network.vocab_size)
+            assert log_probs.shape == (2, block, network.vocab_size + network.phone_count)
             for a, b in zip(before, state, strict=True):
                 np.testing.assert_array_equal(a, b)
             state = following
