@@ -260,7 +260,7 @@ def _search_opener(
 
     def open_search(tokens: Sequence[str], phones: Sequence[str]) -> BeamSearch:
         said = read_pronunciations(lexicon) if lexicon and phones else None
-        return BeamSearch(model, words.read_text(encoding="utf-8").split(), tokens, config, phones, said)
+        return BeamSearch(model, words, tokens, config, phones, said)
 
     return open_search
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from asr.decoding.ngram import Perplexity, estimate, perplexity, prune, write_arpa
 from asr.errors import AsrError, TextError
+from asr.files import write_atomically
 from asr.lexicon import known_words, write_pronunciations
 from asr.runtime.folder import LM_FILE, LM_FOLDER, LM_LEXICON, LM_WORDS
 from asr.text import normalize
@@ -72,9 +73,10 @@ def train_lm(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         write_arpa(model, unfinished / LM_FILE, digits=_DIGITS)
-        write_text(unfinished / LM_WORDS, "".join(f"{word}\n" for word in model.lexicon))
+        words = "".join(f"{word}\n" for word in model.lexicon)
+        write_atomically(unfinished / LM_WORDS, gzip.compress(words.encode(), mtime=0))
         if lexicon:
-            write_pronunciations(unfinished / LM_LEXICON, model.lexicon)
+            write_pronunciations(unfinished / LM_LEXICON, sorted(model.lexicon))
         made_of = {
             "texts": [path.name for path in texts],
             "order": order,

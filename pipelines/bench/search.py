@@ -19,7 +19,7 @@ def run(setting: Setting) -> list[Figure]:
     folder = setting.network("offline")
     model, words = find_language_model(setting.model)
     tokens = Tokenizer.load(folder / "tokens.txt").tokens
-    search = BeamSearch(model, words.read_text(encoding="utf-8").split(), tokens, BeamConfig())
+    search = BeamSearch(model, words, tokens, BeamConfig())
     edge = np.zeros(round(EDGE_SILENCE_SECONDS * SAMPLE_RATE), np.float32)
     engine = load_engine(folder)
     spoken = [engine.log_probs([np.concatenate([edge, x, edge])])[0] for x in setting.speech]  # type: ignore[union-attr]
