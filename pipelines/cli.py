@@ -10,6 +10,7 @@ import typer
 from asr.errors import AsrError
 from pipelines.commands import evaluate, inside, recognize, serve, training  # noqa: F401 (they add themselves to `app`)
 from pipelines.commands.options import app, complain, tell
+from pipelines.memory import keep_memory
 
 EXAMPLES = """
 [bold]Examples[/bold]
@@ -61,6 +62,8 @@ def _asr(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and leave with its exit status; `arguments` are those of this process unless given."""
+    if arguments is None and sys.argv[1:2] == ["train"]:
+        keep_memory()
     for out in (sys.stdout, sys.stderr):  # a file name need not be valid UTF-8; it must still be printed
         if isinstance(out, io.TextIOWrapper):
             out.reconfigure(errors="surrogateescape" if out.encoding.lower() == "utf-8" else "backslashreplace")
