@@ -28,6 +28,9 @@ _COMMON_WORDS = 1000  # on the way to their end, hot words count as no more like
 # (of 40 ms frames) all but the last 10 s; endpointing cuts sooner.
 _COMMIT_FRAMES = 1500
 _LOOKBACK_FRAMES = 250
+# The search by phones takes the language model's weight times this, and adds that to a word's score: there are fewer
+# phones than letters. And candidates are weighed by all their alignments, where a search follows the best one.
+_BY_PHONES, _WEIGHED = (0.87, -0.5), -1.0
 _CANDIDATES = 40  # of each search, that are weighed by tokens and phones
 # A word without a pronunciation: any phones will do, so many for a letter, each a little worse than the likeliest one.
 _PHONES_PER_LETTER, _ANY_PHONE = 0.85, -1.0
@@ -43,9 +46,7 @@ class BeamConfig:
         beam: hypotheses that are kept at each frame.
         lm_weight: of the language model's log-probabilities, base 10 as KenLM's are, against the network's, base e.
         word_score: added for each word; more of it, more words.
-        phone_lm_weight, phone_word_score: the same for the search by pronunciations.
-        evidence: of tokens and phones together, against the language model, when candidates are weighed by both.
-        phone_share: of it, for the phones.
+        phone_share: how much the phones count, 0 to 1, and the tokens the rest, when candidates are weighed by both.
         nbest: hypotheses that are told at the end of a segment.
         hot_words: phrases to expect, with what each adds to the score (natural log) of a text that has it.
     """
@@ -53,10 +54,7 @@ class BeamConfig:
     beam: int = 100
     lm_weight: float = 1.5
     word_score: float = 0.5
-    phone_lm_weight: float = 1.3
-    phone_word_score: float = 0.0
-    evidence: float = 0.8
-    phone_share: float = 0.5
+    phone_share: float = 0.6
     nbest: int = 1
     hot_words: Mapping[str, float] = field(default_factory=dict)
 
@@ -64,9 +62,8 @@ class BeamConfig:
         for name in ("beam", "nbest"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: must be at least 1")
-        for name in ("lm_weight", "phone_lm_weight", "evidence"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} = {getattr(self, name)!r}: must not be negative")
+        if not self.lm_weight >= 0:
+            raise ConfigError(f"lm_weight = {self.lm_weight!r}: must not be negative")
         if not 0 <= self.phone_share <= 1:
             raise ConfigError(f"phone_share = {self.phone_share!r}: must be 0 to 1")
         if self.hot_words and not self.lm_weight:
@@ -145,7 +142,7 @@ class BeamSearch:
             entries = [(i, way) for i, ways in enumerate(self.sounds) for way in ways]
             self.any_phone = len(phones)
             self.sounds = [ways or [self._any_phones(word)] for word, ways in zip(spelled, self.sounds, strict=True)]
-            settings = config.phone_lm_weight, config.phone_word_score
+            settings = config.lm_weight * _BY_PHONES[0], config.word_score + _BY_PHONES[1]
             columns = slice(len(tokens), len(tokens) + len(phones))
             self._lexicons.append(_Lexicon(entries, scores, columns, -1, config.beam, *settings))
         numbers = {word: i for i, word in enumerate(spelled)}
@@ -180,8 +177,8 @@ class BeamSearch:
         np.maximum.at(by_phones, [i for i, _ in ways], scores)
         language = np.array([candidates[words] for words in texts])
         share, lengths = config.phone_share, np.array([len(words) for words in texts])
-        heard = config.evidence * ((1 - share) * by_tokens + share * by_phones)
-        total = heard + config.lm_weight * language + config.word_score * lengths
+        heard = (1 - share) * by_tokens + share * by_phones
+        total = heard + config.lm_weight * language + (config.word_score + _WEIGHED) * lengths
         return dict(zip(texts, total.tolist(), strict=True))
 
     def spelling(self, words: Sequence[int]) -> list[int]:
