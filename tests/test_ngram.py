@@ -279,3 +279,18 @@ def test_lmplz_finds_the_same(tmp_path: Path) -> None:
     del found[("<s>",)]
     assert found == {gram: pytest.approx(expected[gram], abs=2e-6) for gram in found}
     assert len(expected) == len(found) + 1
+
+
+def test_words_that_sound_alike_are_never_equally_likely(tmp_path: Path) -> None:
+    model = estimate(["a b", "b c", "c a", "a", "b", "c"], order=2)
+    write_arpa(model, tmp_path / "plain.arpa", digits=2)
+    write_arpa(model, tmp_path / "apart.arpa", digits=2, alike=[("b", "c", "nothing", "a")])
+    plain, apart = ((tmp_path / f"{name}.arpa").read_text().splitlines() for name in ("plain", "apart"))
+    assert [line.split("\t")[1:] for line in plain] == [line.split("\t")[1:] for line in apart]
+    changed = {}
+    for before, after in zip(plain, apart, strict=True):
+        if before != after:
+            less = float(before.split("\t")[0]) - float(after.split("\t")[0])
+            changed.setdefault(before.split("\t")[1].split()[-1], set()).add(round(less, 6))
+    assert all(len(values) == 1 and 1e-4 <= min(values) < 3e-4 for values in changed.values())
+    assert len(changed) == 2 and len(set(map(frozenset, changed.values()))) == 2  # the most frequent stays as it is

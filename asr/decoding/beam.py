@@ -31,6 +31,7 @@ _LOOKBACK_FRAMES = 250
 # The search by phones takes the language model's weight times this, and adds that to a word's score: there are fewer
 # phones than letters. And candidates are weighed by all their alignments, where a search follows the best one.
 _BY_PHONES, _WEIGHED = (0.87, -0.5), -1.0
+_SHARPNESS = 0.3  # of the probabilities that scores stand for: as they are, the best text would be all but certain
 _CANDIDATES = 40  # of each search, that are weighed by tokens and phones
 # A word without a pronunciation: any phones will do, so many for a letter, each a little worse than the likeliest one.
 _PHONES_PER_LETTER, _ANY_PHONE = 0.85, -1.0
@@ -253,10 +254,19 @@ class _Running(NamedTuple):
         block = np.ascontiguousarray(log_probs[:, self.columns], np.float32)
         self.search.decode_step(block.ctypes.data, *block.shape)
 
+    def score(self, words: Sequence[int]) -> float:
+        """What the language model says of a whole text: the same to the last bit, however a search came to it."""
+        state, total = self.scorer.start(False), 0.0
+        for word in words:
+            state, score = self.scorer.score(state, word)
+            total += score
+        return total + self.scorer.finish(state)[1]
+
     def finish(self) -> list[Any]:
         """What flashlight found, the best first."""
         self.search.decode_end()
-        return sorted(self.search.get_all_final_hypothesis(), key=lambda h: -h.score)
+        found = self.search.get_all_final_hypothesis()  # in no order where scores are equal
+        return sorted(found, key=lambda h: (-h.score, h.words))
 
 
 def _with_phrases(lm: Any, phrases: Phrases) -> Any:
@@ -326,17 +336,14 @@ class BeamDecoder:
         found, nbest = by_tokens.finish(), self._search.config.nbest
         if not by_phones or not self._frames:
             return [Hypothesis((*self.written, *self._spans(h.tokens)), h.score) for h in found[:nbest]]
-        candidates: dict[tuple[int, ...], float] = {}
-        for h in [*found[:_CANDIDATES], *by_phones[0].finish()[:_CANDIDATES]]:
-            words = tuple(word for word in h.words if word >= 0)
-            candidates[words] = max(h.lmScore, candidates.get(words, -np.inf))
+        texts = [h.words for h in [*found[:_CANDIDATES], *by_phones[0].finish()[:_CANDIDATES]]]
+        candidates = {words: by_tokens.score(words) for words in dict.fromkeys(_words_in(text) for text in texts)}
         log_probs = np.concatenate(self._blocks)
         weighed = self._search.weigh(log_probs, candidates)
-        best = sorted(weighed, key=lambda words: -weighed[words])[:nbest]
+        possible = sorted((words for words in weighed if weighed[words] > -np.inf), key=lambda words: -weighed[words])
         return [
-            Hypothesis((*self.written, *self._aligned(log_probs, words)), weighed[words])
-            for words in best
-            if weighed[words] > -np.inf
+            Hypothesis((*self.written, *self._aligned(log_probs, words, agreement(words, weighed))), weighed[words])
+            for words in possible[:nbest]
         ]
 
     def copy(self) -> "BeamDecoder":
@@ -346,11 +353,18 @@ class BeamDecoder:
         other.__dict__.update(self.__dict__ | copied)
         return other
 
-    def _aligned(self, log_probs: np.ndarray, words: Sequence[int]) -> list[TokenSpan]:
-        """Where the tokens of a text lie."""
+    def _aligned(self, log_probs: np.ndarray, words: Sequence[int], shares: Sequence[float]) -> list[TokenSpan]:
+        """Where the tokens of a text lie; a word is as sure as its tokens, times the share of texts that have it."""
         found = align(log_probs[:, : self._search.vocab_size], self._search.spelling(words))
+        of_tokens: list[float] = []
+        for word, share in zip(words, shares, strict=True):
+            letters = len(self._search.letters[word])
+            of_tokens += [*([1.0] if of_tokens else []), *[share ** (1 / letters)] * letters]
         first = self._first
-        return [TokenSpan(s.token, first + s.start_frame, first + s.end_frame, s.confidence) for s in found]
+        return [
+            TokenSpan(s.token, first + s.start_frame, first + s.end_frame, s.confidence * share)
+            for s, share in zip(found, of_tokens, strict=True)
+        ]
 
     def _search_so_far(self) -> list[_Running]:
         if self._running is None:
@@ -388,6 +402,28 @@ class BeamDecoder:
         self.written += [span for span in spans if span.end_frame <= cut]
         rest = np.concatenate(self._blocks)[cut - self._first :]
         self._blocks, self._frames, self._first, self._running = [rest], len(rest), cut, None
+
+
+def _words_in(path: Sequence[int]) -> tuple[int, ...]:
+    """The words of a path; on the other frames it has -1."""
+    return tuple(word for word in path if word >= 0)
+
+
+def agreement(words: Sequence[int], weighed: Mapping[tuple[int, ...], float]) -> list[float]:
+    """For each word of a text, how much of the probability of all texts, by their scores, has it in its place.
+
+    Wessel et al. 2001, "Confidence measures for large vocabulary continuous speech recognition", on N-best lists.
+    """
+    from rapidfuzz.distance import Levenshtein
+
+    scores = np.array(list(weighed.values()))
+    shares = np.exp(_SHARPNESS * (scores - scores.max()))
+    shares /= shares.sum()
+    found = np.zeros(len(words))
+    for other, share in zip(weighed, shares.tolist(), strict=True):
+        for block in Levenshtein.opcodes(words, other).as_matching_blocks():
+            found[block.a : block.a + block.size] += share
+    return np.minimum(found, 1.0).tolist()
 
 
 @contextlib.contextmanager

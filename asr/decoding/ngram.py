@@ -269,25 +269,42 @@ def perplexity(model: NgramModel, lines: Sequence[str]) -> Perplexity:
     return Perplexity(value=float(np.exp(-mean)), words=words, unknown=int((stream == _UNKNOWN).sum()))
 
 
-def write_arpa(model: NgramModel, path: Path, *, digits: int = 6) -> None:
+def write_arpa(model: NgramModel, path: Path, *, digits: int = 6, alike: Iterable[Sequence[str]] = ()) -> None:
     """Write a whole ARPA file or nothing; gzipped where the name ends in .gz, byte for byte the same each time.
 
-    `digits` are those behind the point of base-10 logarithms.
+    Args:
+        model: what to write.
+        path: where to.
+        digits: behind the point of base-10 logarithms.
+        alike: groups of words that sound alike: the rarer ones are made a ten-thousandth less likely each (of a base-10
+            logarithm). A search that finds two texts equally likely keeps the one or the other, by chance.
     """
+    lower = _distinct(model, alike)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with temporary.open("wb") as file:
             if path.suffix == ".gz":
                 with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
-                    _write(model, packed, digits)
+                    _write(model, packed, digits, lower)
             else:
-                _write(model, file, digits)
+                _write(model, file, digits, lower)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _write(model: NgramModel, file: io.BufferedIOBase, digits: int) -> None:
+def _distinct(model: NgramModel, alike: Iterable[Sequence[str]]) -> np.ndarray:
+    """By how much each word's logarithm is lowered, (words,)."""
+    number = {word: i for i, word in enumerate(model.words)}
+    lower = np.zeros(len(model.words))
+    for group in alike:
+        known = sorted(number[word] for word in group if word in number)
+        for place, word in enumerate(known[1:], start=1):
+            lower[word] = max(lower[word], place * 1e-4 + word % 89 * 1e-6)  # also sums of two are hardly ever equal
+    return lower
+
+
+def _write(model: NgramModel, file: io.BufferedIOBase, digits: int, lower: np.ndarray) -> None:
     file.write(b"\\data\\\n")
     for n, grams in enumerate(model.orders, start=1):
         file.write(f"ngram {n}={len(grams)}\n".encode())
@@ -297,15 +314,17 @@ def _write(model: NgramModel, file: io.BufferedIOBase, digits: int) -> None:
         words = [model.words[i] for i in grams.word.tolist()]
         before = (texts[i] for i in grams.prefix.tolist()) if n > 1 else ()
         texts = [f"{first} {last}" for first, last in zip(before, words, strict=True)] if n > 1 else words
-        log_probs = np.maximum(grams.log_prob / _LOG10, -99.0).tolist()
+        rounded = np.maximum(grams.log_prob / _LOG10, -99.0).tolist()
+        lowered = lower[grams.word].tolist()
+        log_probs = [
+            f"{p:.{digits}f}" if not less else f"{round(p, digits) - less:.6f}"
+            for p, less in zip(rounded, lowered, strict=True)
+        ]
         if n == len(model.orders):
-            lines = (f"{p:.{digits}f}\t{text}\n" for p, text in zip(log_probs, texts, strict=True))
+            lines = (f"{p}\t{text}\n" for p, text in zip(log_probs, texts, strict=True))
         else:
             backoffs = (grams.log_backoff / _LOG10).tolist()
-            lines = (
-                f"{p:.{digits}f}\t{text}\t{b:.{digits}f}\n"
-                for p, text, b in zip(log_probs, texts, backoffs, strict=True)
-            )
+            lines = (f"{p}\t{text}\t{b:.{digits}f}\n" for p, text, b in zip(log_probs, texts, backoffs, strict=True))
         while chunk := "".join(itertools.islice(lines, 100_000)):
             file.write(chunk.encode())
     file.write(b"\n\\end\\\n")
