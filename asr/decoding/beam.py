@@ -145,7 +145,7 @@ class BeamSearch:
             self.sounds = [ways or [self._any_phones(word)] for word, ways in zip(spelled, self.sounds, strict=True)]
             settings = config.lm_weight * _BY_PHONES[0], config.word_score + _BY_PHONES[1]
             columns = slice(len(tokens), len(tokens) + len(phones))
-            self._lexicons.append(_Lexicon(entries, scores, columns, -1, config.beam, *settings))
+            self._lexicons.append(_Lexicon(entries, scores, columns, None, config.beam, *settings))
         numbers = {word: i for i, word in enumerate(spelled)}
         self._phrases = Phrases({tuple(numbers[w] for w in words): boost for words, boost in hot.items()})
         self._lm = lm
@@ -158,7 +158,7 @@ class BeamSearch:
         running = []
         for lexicon in self._lexicons:
             scorer = _with_phrases(self._lm, self._phrases) if self.config.hot_words else self._lm
-            running.append(_Running(lexicon.open(scorer), scorer, lexicon.columns))
+            running.append(_Running(lexicon.open(scorer), scorer, lexicon.columns, lexicon.labels))
         return running
 
     def weigh(self, log_probs: np.ndarray, candidates: Mapping[tuple[int, ...], float]) -> dict[tuple[int, ...], float]:
@@ -207,7 +207,7 @@ class _Lexicon:
         entries: Sequence[tuple[int, list[int]]],
         scores: Sequence[float],
         columns: slice,
-        silence: int,
+        silence: int | None,
         beam: int,
         lm_weight: float,
         word_score: float,
@@ -215,8 +215,11 @@ class _Lexicon:
         from flashlight.lib.text.decoder import CriterionType, LexiconDecoderOptions, SmearingMode, Trie
 
         labels = columns.stop - columns.start
-        self.columns, self._silence = columns, silence
-        self._trie = Trie(labels, max(silence, 0))
+        self.columns = columns
+        if silence is None:  # flashlight reads one between words all the same: `_Running` adds a column of nothing
+            silence, labels = labels, labels + 1
+        self._silence, self.labels = silence, labels
+        self._trie = Trie(labels, silence)
         with _silence():  # of more than six words that sound alike, it says that it keeps six
             for word, spelled in entries:
                 self._trie.insert(spelled, word, scores[word])
@@ -243,15 +246,21 @@ class _Lexicon:
 
 
 class _Running(NamedTuple):
-    """A search in the middle of a segment, the language model that it refers to, and the columns that it reads."""
+    """A search in the middle of a segment, the language model that it refers to, and the columns that it reads.
+
+    Of labels it reads one more than there are columns, if none of them is a silence.
+    """
 
     search: Any
     scorer: Any
     columns: slice
+    labels: int
 
     def read(self, log_probs: np.ndarray) -> None:
         """Take the next frames, (frames, tokens + phones)."""
-        block = np.ascontiguousarray(log_probs[:, self.columns], np.float32)
+        block = np.full((len(log_probs), self.labels), _IMPOSSIBLE, np.float32)
+        given = log_probs[:, self.columns]
+        block[:, : given.shape[1]] = given
         self.search.decode_step(block.ctypes.data, *block.shape)
 
     def score(self, words: Sequence[int]) -> float:
@@ -337,7 +346,7 @@ class BeamDecoder:
         if not by_phones or not self._frames:
             return [Hypothesis((*self.written, *self._spans(h.tokens)), h.score) for h in found[:nbest]]
         texts = [h.words for h in [*found[:_CANDIDATES], *by_phones[0].finish()[:_CANDIDATES]]]
-        candidates = {words: by_tokens.score(words) for words in dict.fromkeys(_words_in(text) for text in texts)}
+        candidates = {words: by_tokens.score(words) for words in sorted({_words_in(text) for text in texts})}
         log_probs = np.concatenate(self._blocks)
         weighed = self._search.weigh(log_probs, candidates)
         possible = sorted((words for words in weighed if weighed[words] > -np.inf), key=lambda words: -weighed[words])
