@@ -122,7 +122,7 @@ def test_a_spoiled_network_is_refused_by_name(tmp_path: Path, spoil, message: st
 def run_offline(model: bytes, x: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     session = onnxruntime.InferenceSession(model)
     *both, frames = session.run(["log_probs", "phone_log_probs", "frames"], {"audio": x, "lengths": lengths})
-    return np.concatenate(both, axis=-1), np.asarray(frames)
+    return np.concatenate([np.asarray(part) for part in both], axis=-1), np.asarray(frames)
 
 
 def test_the_offline_graph_equals_pytorch_on_a_padded_batch() -> None:
@@ -152,7 +152,7 @@ def test_the_streaming_graph_in_blocks_equals_pytorch_whole(look_ahead: int, blo
     for samples, flush in blocks:
         tokens, phones, *after = session.run(names, {"audio": samples, "flush": np.array([flush], np.float32), **state})
         state = dict(zip(state, map(np.asarray, after), strict=True))
-        outputs.append(np.concatenate([tokens, phones], axis=-1))
+        outputs.append(np.concatenate([np.asarray(tokens), np.asarray(phones)], axis=-1))
     got = np.concatenate(outputs, axis=1)[:, look_ahead:]
     assert got.shape == tuple(expected.shape)
     assert np.abs(got - expected.detach().numpy()).max() < 1e-4
