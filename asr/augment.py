@@ -19,6 +19,7 @@ def changes_waveform(config: AugmentConfig) -> bool:
         config.reverberation_probability,
         config.low_pass_probability,
         config.silence_probability,
+        config.lead_seconds,
     )
     return config.speeds != (1.0,) or config.gain_db != 0 or any(chances)
 
@@ -33,6 +34,12 @@ def change_speed(audio: torch.Tensor, speed: float) -> torch.Tensor:
     if speed == 1.0:
         return audio
     return torchaudio.functional.resample(audio, round(SAMPLE_RATE * speed / 100), SAMPLE_RATE // 100)
+
+
+def draw_lead(config: AugmentConfig, rng: np.random.Generator) -> int:
+    """How many samples of silence an utterance begins with."""
+    longest = round(config.lead_seconds * SAMPLE_RATE)
+    return int(rng.integers(longest + 1)) if longest and rng.random() < 0.5 else 0
 
 
 def add_noise(audio: torch.Tensor, noise: torch.Tensor, snr_db: float) -> torch.Tensor:

@@ -138,6 +138,7 @@ class AugmentConfig:
     noise_snr_db: tuple[float, ...] = (5.0, 30.0)
     reverberation_probability: float = 0.0
     low_pass_probability: float = 0.0
+    lead_seconds: float = 0.0  # half of the utterances begin after up to so much silence, as live audio does
     silence_probability: float = 0.0  # an utterance gives way to noise alone, or to nothing, with an empty text
     time_masks: int = 2
     time_mask_frames: int = 30
@@ -152,7 +153,7 @@ class AugmentConfig:
             _check(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "0 to 1")
         low_high = len(self.noise_snr_db) == 2 and self.noise_snr_db[0] <= self.noise_snr_db[1]
         _check(low_high, "augment.noise_snr_db", self.noise_snr_db, "[lowest, highest]")
-        for name in ("gain_db", "time_masks", "time_mask_frames", "band_masks", "band_mask_bands"):
+        for name in ("gain_db", "lead_seconds", "time_masks", "time_mask_frames", "band_masks", "band_mask_bands"):
             _check(getattr(self, name) >= 0, f"augment.{name}", getattr(self, name), "at least 0")
         _check(
             self.noise_probability == 0 or self.noise != "", "augment.noise", self.noise,

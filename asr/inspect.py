@@ -109,15 +109,15 @@ def inspect(network: Network, samples: np.ndarray, *, block_frames: int | None =
     padded = padded[: len(padded) // network.stride * network.stride]
     audio = torch.from_numpy(padded)[None]
     frame, duration = network.stride / SAMPLE_RATE, len(samples) / SAMPLE_RATE
-    decoder = GreedyDecoder()
+    decoder, tokens = GreedyDecoder(), len(network.tokenizer)
     live: list[tuple[float, str]] = []
     recorder = _Recorder(network)
     with torch.no_grad():
         if block_frames is None:
-            decoder.accept(_read_whole(network, audio, recorder).numpy())
+            decoder.accept(_read_whole(network, audio, recorder)[:, :tokens].numpy())
         else:
             for heard, log_probs in _read_live(network, audio, block_frames * network.stride, recorder):
-                decoder.accept(log_probs.numpy())
+                decoder.accept(log_probs[:, :tokens].numpy())
                 text = network.tokenizer.decode(span.token for span in decoder.tokens())
                 live.append((heard / SAMPLE_RATE - EDGE_SILENCE_SECONDS, " ".join(text.split())))
         log_mel, _ = LogMel(network.config.features)(audio, torch.tensor([len(padded)]))

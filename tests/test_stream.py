@@ -433,7 +433,7 @@ def within(seconds: float, condition: Callable[[], bool]) -> bool:
 
 def test_a_real_microphone_is_heard_until_ctrl_c_or_until_it_is_unplugged(room: Room) -> None:
     sample = Path(__file__).parents[1] / "scripts" / "samples" / "audio" / "00003.flac"
-    command = [sys.executable, "-m", "pipelines.cli", "stream", "--device", "room"]
+    command = [sys.executable, "-m", "pipelines.cli", "stream", "--device", "room", "--decoding", "beam"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     listening = [subprocess.Popen(command, env=room.environment, **pipes) for _ in range(2)]
     try:
@@ -452,7 +452,7 @@ def test_a_real_microphone_is_heard_until_ctrl_c_or_until_it_is_unplugged(room: 
     if "blocks lost" in told + told_too:
         pytest.skip("the computer was too busy to hear everything")
     # It is not the same audio: it starts elsewhere in a block, after another silence.
-    file = Recognizer.load().transcribe(sample, network="streaming").text
+    file = Recognizer.load(decoding="beam").transcribe(sample, network="streaming").text
     assert len(file.split()) == 7
     assert count_errors(file, heard).wer <= 2 / 7
     assert count_errors(file, heard_too).wer <= 2 / 7

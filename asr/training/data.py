@@ -13,7 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from asr.augment import SAMPLE_RATE, augment_audio, background, change_speed, draw_masks, draw_speed
+from asr.augment import (
+    SAMPLE_RATE,
+    augment_audio,
+    background,
+    change_speed,
+    draw_lead,
+    draw_masks,
+    draw_speed,
+)
 from asr.config import TrainConfig
 from asr.errors import ConfigError, TextError
 from asr.features import FLOOR
@@ -27,7 +35,7 @@ _GRID = SAMPLE_RATE * 32 // 100  # batch lengths are rounded up to this: each ne
 UNKNOWN = -1  # the phone state of a frame that was not aligned
 _LABEL_SAMPLES = SAMPLE_RATE // 100  # to a frame of the alignment
 _DELAY = 2  # frames: a network without a future names a phone's states so late, when it has heard them
-_ORDER, _ROW, _SILENCE = 0, 1, 2  # streams of random numbers
+_ORDER, _ROW, _SILENCE, _LEAD = 0, 1, 2, 3  # streams of random numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +246,7 @@ class Sampler:
             rows = short if len(short) else rows
         speeds = np.array([draw_speed(config.augment, rng) for _ in rows])
         lengths = np.ceil(self.corpus.n_samples[rows] / speeds).astype(np.int64) + 2 * EDGE_SAMPLES
+        lengths += np.array([lead_of(config, epoch, row) for row in rows])
         order = np.argsort(lengths * rng.uniform(0.97, 1.03, len(rows)), kind="stable")
         batches: list[Plan] = []
         start = 0
@@ -251,6 +260,13 @@ class Sampler:
                 batches.append(Plan(tuple(rows[group]), tuple(speeds[group]), samples))
                 start = end
         return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def lead_of(config: TrainConfig, epoch: int, row: int) -> int:
+    """How many samples of silence an utterance begins with in an epoch."""
+    if not config.augment.lead_seconds:
+        return 0
+    return draw_lead(config.augment, np.random.default_rng([config.training.seed, _LEAD, epoch, int(row)]))
 
 
 class Loader:
@@ -290,6 +306,7 @@ class Loader:
         stride = self.hop * math.prod(self.config.model.strides)
         states = np.full((len(mine), plan.samples // stride), UNKNOWN)
         silent = {row for row in plan.rows if self._is_silent(row, epoch)}
+        leads = [0] * len(mine)
         for i, (row, speed) in enumerate(mine):
             rng = np.random.default_rng([self.config.training.seed, _ROW, epoch, int(row)])
             if features is not None:
@@ -299,7 +316,8 @@ class Loader:
             else:
                 samples = corpus.audio(row)
                 if self.augment:
-                    samples = change_speed(samples, speed)
+                    leads[i] = lead_of(self.config, epoch, row)
+                    samples = torch.cat([torch.zeros(leads[i]), change_speed(samples, speed)])
                     noise = self._noise(rng)
                     if row in silent:
                         samples = background(len(samples), noise, rng)
@@ -309,7 +327,7 @@ class Loader:
                 audio[i, EDGE_SAMPLES : EDGE_SAMPLES + len(samples)] = samples
                 lengths[i] = len(samples) + 2 * EDGE_SAMPLES
             if not idle and row not in silent:
-                states[i] = self._states_at(row, speed, states.shape[1], stride)
+                states[i] = self._states_at(row, speed, states.shape[1], stride, leads[i])
             if self.augment:
                 n = int(lengths[i]) // self.hop
                 hidden_frames[i, :n], hidden_bands[i] = draw_masks(n, bands, self.config.augment, rng)
@@ -334,13 +352,13 @@ class Loader:
             state_count=len(plan.rows) * states.shape[1],
         )
 
-    def _states_at(self, row: int, speed: float, frames: int, stride: int) -> np.ndarray:
+    def _states_at(self, row: int, speed: float, frames: int, stride: int, lead: int) -> np.ndarray:
         """The phone state that each output frame of an utterance should name: (frames,) int64."""
         known = self.corpus.states(row)
         if not len(known):
             return np.full(frames, UNKNOWN)
         delay = 0 if self.config.model.bidirectional else _DELAY
-        position = (np.arange(frames) - delay) * stride - EDGE_SAMPLES  # of the frame's middle, in changed audio
+        position = (np.arange(frames) - delay) * stride - EDGE_SAMPLES - lead  # of the frame's middle, in changed audio
         labels = np.floor(position * speed / self.hop).astype(np.int64)
         inside = (labels >= 0) & (labels < len(known))
         return np.where(inside, known[labels.clip(0, len(known) - 1)], known[0])  # known[0] is silence
