@@ -246,7 +246,7 @@ class Sampler:
             rows = short if len(short) else rows
         speeds = np.array([draw_speed(config.augment, rng) for _ in rows])
         lengths = np.ceil(self.corpus.n_samples[rows] / speeds).astype(np.int64) + 2 * EDGE_SAMPLES
-        lengths += np.array([lead_of(config, epoch, row) for row in rows])
+        lengths += np.array([lead_of(config, epoch, row) for row in rows.tolist()])
         order = np.argsort(lengths * rng.uniform(0.97, 1.03, len(rows)), kind="stable")
         batches: list[Plan] = []
         start = 0
