@@ -1,22 +1,17 @@
 """The next-word language model (embedding, recurrent cell, softmax over words): it scores text, and writes it."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from asr.decoding.next_word import END_ID, UNKNOWN_ID, read_model, write_model
 from asr.decoding.ngram import END, UNKNOWN, Perplexity
 from asr.errors import ConfigError, ModelError
 from asr.nn import CELLS, Recurrent, State
-
-FOLDER = "next-word"  # in the folder that `asr train-lm` writes
-FORMAT_VERSION = 1
-_UNKNOWN, _END = 0, 1  # their indices
-_ABOUT, _WORDS, _WEIGHTS = "model.json", "words.txt", "weights.safetensors"
+from asr.runtime.folder import NEXT_WORD_FOLDER
 
 
 class NextWord(nn.Module):
@@ -61,12 +56,31 @@ class NextWord(nn.Module):
 
         A softmax makes probabilities of the scores.
         """
+        y, state = self.read(words, state)
+        return y @ self.embedding.weight.T + self.bias, state
+
+    def read(self, words: Tensor, state: State) -> tuple[Tensor, State]:
+        """As `step`, up to V h_t: (batch, time, size // 2)."""
         y, state = self.layer.step(self.dropout(self.embedding(words)), state)
-        return self.dropout(self.narrow(y)) @ self.embedding.weight.T + self.bias, state
+        return self.dropout(self.narrow(y)), state
+
+    def sampled_loss(self, read: Tensor, wanted: Tensor, words: Tensor, logs: Tensor) -> Tensor:
+        """The cross-entropy of the right words against a sample of all in place of all (Jean et al. 2015).
+
+        Args:
+            read: what `read` gave, (n, size // 2).
+            wanted: the right words, (n,).
+            words: the sample, (m,), each once.
+            logs: the logarithm of the probability of each word of the lexicon to be in a sample, (words,).
+        """
+        right = (read * self.embedding(wanted)).sum(-1) + self.bias[wanted] - logs[wanted]
+        others = read @ self.embedding(words).T + self.bias[words] - logs[words]
+        others = others.masked_fill(words == wanted[:, None], -torch.inf)
+        return -(right - torch.logaddexp(right, others.logsumexp(-1))).mean()
 
     def encode(self, lines: Iterable[str]) -> Tensor:
         """Sentences as one stream of indices, </s> after each: (words,) int64."""
-        return torch.tensor([self._ids.get(word, _UNKNOWN) for line in lines for word in (*line.split(), END)])
+        return torch.tensor([self._ids.get(word, UNKNOWN_ID) for line in lines for word in (*line.split(), END)])
 
     def unknown(self, line: str) -> list[str]:
         """The words of a line that the model does not know."""
@@ -87,10 +101,10 @@ def perplexity(model: NextWord, lines: Iterable[str], *, carry: bool = True) -> 
     loss, count, unknown = 0.0, 0, 0
     for line in lines:
         wanted = model.encode([line])
-        said = torch.cat([torch.tensor([_END]), wanted[:-1]])
+        said = torch.cat([torch.tensor([END_ID]), wanted[:-1]])
         scores, new = model.step(said[None], state if carry else start)
         state = new
-        known = wanted != _UNKNOWN
+        known = wanted != UNKNOWN_ID
         loss += float(nn.functional.cross_entropy(scores[0, known], wanted[known], reduction="sum"))
         count += int(known.sum())
         unknown += int((~known).sum())
@@ -117,48 +131,51 @@ def generate(
         raise ConfigError(f"top_k {top_k}: must be 0 (draw from all words) or more")
     model.eval()
     generator = torch.Generator().manual_seed(seed)
-    said = torch.cat([torch.tensor([_END]), model.encode([prompt])[:-1]])
+    said = torch.cat([torch.tensor([END_ID]), model.encode([prompt])[:-1]])
     state = model.initial_state(1)
     while words:
         scores, state = model.step(said[None], state)
         scores = scores[0, -1] / temperature
-        scores[_UNKNOWN] = -torch.inf
-        if said[-1] == _END:
-            scores[_END] = -torch.inf  # no empty sentence
+        scores[UNKNOWN_ID] = -torch.inf
+        if said[-1] == END_ID:
+            scores[END_ID] = -torch.inf  # no empty sentence
         if 0 < top_k < len(scores):
             scores[scores < scores.topk(top_k).values[-1]] = -torch.inf
         said = torch.multinomial(scores.softmax(0), 1, generator=generator)
-        words -= int(said != _END)
+        words -= int(said != END_ID)
         yield model.words[int(said)]
 
 
-def save(model: NextWord, folder: Path, about: dict[str, Any]) -> None:
-    """Write a model into a folder that is there, with what is to be told about it (anything that JSON holds)."""
+def save(model: NextWord, folder: Path, about: dict[str, Any], *, small: bool = False) -> None:
+    """Write a model into a folder that is there, with what is to be told about it (anything that JSON holds).
+
+    `small`: in a quarter of the size, its matrices as int8.
+    """
+    weights = {name: value.detach().cpu().numpy() for name, value in model.state_dict().items()}
     shape = {"kind": model.kind, "size": model.size, "dropout": model.dropout_rate}
-    text = json.dumps({"format_version": FORMAT_VERSION, **shape, **about}, indent=2, ensure_ascii=False)
-    save_file(model.state_dict(), folder / _WEIGHTS)
-    (folder / _WORDS).write_text("".join(f"{word}\n" for word in model.words[_END + 1 :]), encoding="utf-8")
-    (folder / _ABOUT).write_text(text + "\n", encoding="utf-8")
+    write_model(folder, weights, model.words[END_ID + 1 :], {**about, **shape}, small=small)
 
 
 def load(folder: Path) -> tuple[NextWord, dict[str, Any]]:
-    """Read a model, and what is told about it, from the folder that `save` or `asr train-lm` wrote.
+    """Read a model, and what is told about it, from the folder that `save` or `asr train-lm` wrote, or a model's.
 
     Raises:
         ModelError: there is none, or it is damaged or of another version.
     """
-    folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
-    if not (folder / _ABOUT).is_file():
-        raise ModelError(f"{folder}: no next-word model; make one with `asr train-lm TEXT --kind lstm --out {folder}`")
+    folder = folder / NEXT_WORD_FOLDER if (folder / NEXT_WORD_FOLDER).is_dir() else folder
+    weights, lexicon, about = read_model(folder)
     try:
-        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-        if about["format_version"] != FORMAT_VERSION:
-            raise ModelError(f"{folder}: format version {about['format_version']}, this program reads {FORMAT_VERSION}")
-        lexicon = (folder / _WORDS).read_text(encoding="utf-8").split()
         model = NextWord(lexicon, kind=about["kind"], size=about["size"], dropout=about["dropout"])
-        model.load_state_dict(load_file(folder / _WEIGHTS))
-    except ModelError:
-        raise
+        model.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
     except Exception as error:
         raise ModelError(f"{folder}: the model is damaged ({str(error).splitlines()[0]}); train it again") from error
     return model.eval(), about
+
+
+def make_small(folder: Path) -> None:
+    """Write the model in a folder anew with its matrices as int8, without what training needs to go on."""
+    model, about = load(folder)
+    for path in folder.iterdir():
+        if path.name.startswith("training"):
+            path.unlink()
+    save(model, folder, about, small=True)

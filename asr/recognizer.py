@@ -12,6 +12,7 @@ from asr.decoding import Decoder, TokenSpan, Word
 from asr.decoding.beam import BeamConfig, BeamSearch
 from asr.decoding.calibration import Calibration, load_calibration
 from asr.decoding.greedy import GreedyDecoder
+from asr.decoding.next_word import TextScorer
 from asr.decoding.sound import levels_of
 from asr.endpoint import EndpointConfig, Endpointer
 from asr.errors import AudioError, ConfigError, ModelError
@@ -24,6 +25,7 @@ from asr.runtime.folder import (
     find_language_model,
     find_lexicon,
     find_networks,
+    find_next_word,
     phones_at_output,
 )
 from asr.runtime.reader import BLOCK_FRAMES, Work, run_together
@@ -256,11 +258,12 @@ def _search_opener(
         raise ConfigError(f"decoding = {decoding!r}: must be greedy or beam")
     config = BeamConfig(**settings)
     model, words = find_language_model(path)
-    lexicon = find_lexicon(path)
+    lexicon, next_word = find_lexicon(path), find_next_word(path)
 
     def open_search(tokens: Sequence[str], phones: Sequence[str]) -> BeamSearch:
         said = read_pronunciations(lexicon) if lexicon and phones else None
-        return BeamSearch(model, words, tokens, config, phones, said)
+        scorer = TextScorer(next_word) if next_word and config.network_share else None
+        return BeamSearch(model, words, tokens, config, phones, said, scorer)
 
     return open_search
 

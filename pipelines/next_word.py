@@ -15,6 +15,7 @@ from asr.decoding.ngram import Perplexity, estimate
 from asr.decoding.ngram import perplexity as ngram_perplexity
 from asr.errors import TextError
 from asr.next_word import NextWord
+from asr.runtime.folder import NEXT_WORD_FOLDER
 from asr.text import normalize
 from asr.training.next_word import NextWordTraining, train_next_word
 from pipelines.formats import write_text
@@ -74,7 +75,7 @@ def train_network(
     training = training or NextWordTraining()
     torch.manual_seed(training.seed)
     model = NextWord(ngrams.lexicon, kind=kind, size=size)
-    folder = out / next_word.FOLDER
+    folder = out / NEXT_WORD_FOLDER
     with Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
         TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True,

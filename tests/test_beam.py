@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_model import FRAME, RATE, ToyEngine, spell
@@ -17,10 +18,13 @@ from asr.decoding import TokenSpan, words_from_tokens
 from asr.decoding import beam as beam_module
 from asr.decoding.beam import BeamConfig, BeamDecoder, BeamSearch, agreement
 from asr.decoding.greedy import GreedyDecoder
+from asr.decoding.next_word import TextScorer
 from asr.decoding.ngram import estimate, write_arpa
 from asr.errors import ConfigError, ModelError
+from asr.next_word import NextWord
 from asr.recognizer import Network, Recognizer
 from asr.text import Tokenizer
+from asr.training.next_word import NextWordTraining, train_next_word
 from pipelines.train_lm import train_lm
 
 TOKENS = ("<blank>", " ", *"abenorst")
@@ -208,8 +212,8 @@ def test_a_segment_without_end_costs_the_same_for_every_block(
     monkeypatch.setattr(beam_module, "_LOOKBACK_FRAMES", 20)
     decoder: BeamDecoder = search()
     read = []
-    searched = beam_module._Running.read
-    monkeypatch.setattr(beam_module._Running, "read", lambda s, b: (read.append(len(b)), searched(s, b)))
+    searched = beam_module.Running.read
+    monkeypatch.setattr(beam_module.Running, "read", lambda s, b: (read.append(len(b)), searched(s, b)))
     for _ in range(100):
         decoder.accept(frames("_to_ _be_ "))
     assert text(decoder.tokens()) == " ".join(["to be"] * 100)
@@ -367,3 +371,24 @@ def test_silence_is_no_word_to_either(tmp_path: Path) -> None:
     assert decoder.copy().finish()[0].tokens == ()
     decoder.accept(both("_" * 20, " ".join("_" * 20), 0.95))
     assert text(decoder.finish()[0].tokens, (*TOKENS, "w")) == ""
+
+
+def test_a_next_word_model_weighs_what_the_searches_found(tmp_path: Path) -> None:
+    """The n-grams know both words alike; the network has only ever read one of them after "not"."""
+    torch.manual_seed(0)
+    lines = ["not two", "to be"] * 60
+    model = NextWord(("be", "not", "to", "two"), size=16, dropout=0.0)
+    train_next_word(model, lines, tmp_path / "next-word", NextWordTraining(epochs=12, rows=4, steps=10, rate=2e-2))
+    said, tokens = {"to": [["T", "UW"]], "not": [["N", "AA", "T"]]}, (*TOKENS, "w")
+    ngrams = estimate(["not to", "not two", "to be", "two be"], order=2)
+    write_arpa(ngrams, tmp_path / "lm.arpa.gz")
+    heard = both("not t__o__", "N AA T _ T UW _ _ _ _", 0.55)
+    found = {}
+    for phones, share in itertools.product(((), PHONES), (0.0, 1.0)):
+        config = BeamConfig(lm_weight=2.0, word_score=0.5, phone_share=0.0, network_share=share, nbest=5)
+        scorer = TextScorer(tmp_path / "next-word")
+        search = BeamSearch(tmp_path / "lm.arpa.gz", ngrams.lexicon, tokens, config, phones, said, scorer)
+        decoder = search()
+        decoder.accept(heard if phones else heard[:, : len(tokens)])
+        found[bool(phones), share] = text(decoder.finish()[0].tokens, tokens)
+    assert found == {(False, 0.0): "not to", (False, 1.0): "not two", (True, 0.0): "not to", (True, 1.0): "not two"}

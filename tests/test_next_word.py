@@ -1,19 +1,24 @@
 """The next-word model: what it learns and remembers, what it writes, its files, and the commands."""
 
+import dataclasses
 import itertools
 import math
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from asr.decoding.next_word import END_ID, UNKNOWN_ID, TextScorer
 from asr.decoding.ngram import END, UNKNOWN, estimate
 from asr.decoding.ngram import perplexity as ngram_perplexity
 from asr.errors import ConfigError, ModelError, TextError
-from asr.next_word import FOLDER, NextWord, generate, load, perplexity
+from asr.next_word import NextWord, generate, load, make_small, perplexity, save
 from asr.nn import CELLS
+from asr.runtime.folder import NEXT_WORD_FOLDER
 from asr.training.next_word import NextWordTraining, train_next_word
 from pipelines.cli import main
 
@@ -41,7 +46,7 @@ TRAIN, HELD_OUT = stories(150, seed=1), stories(40, seed=2)
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model of the stories."""
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model") / FOLDER
+    folder = tmp_path_factory.mktemp("model") / NEXT_WORD_FOLDER
     train_next_word(NextWord(LEXICON, size=32, dropout=0.0), TRAIN, folder, SMALL)
     return folder
 
@@ -108,7 +113,7 @@ def test_cold_or_from_one_word_it_takes_the_most_probable(trained: Path) -> None
 @pytest.mark.parametrize("kind", CELLS)
 def test_every_cell_can_be_trained_kept_and_read_again(kind: str, tmp_path: Path) -> None:
     model = NextWord(LEXICON, kind=kind, size=8)
-    train_next_word(model, TRAIN[:30], tmp_path / FOLDER, NextWordTraining(epochs=1, rows=2, steps=20))
+    train_next_word(model, TRAIN[:30], tmp_path / NEXT_WORD_FOLDER, NextWordTraining(epochs=1, rows=2, steps=20))
     again, about = load(tmp_path)  # the folder that holds it does too
     assert (again.kind, again.size, again.words, about["updates"]) == (kind, 8, model.words, 2)
     assert perplexity(again, HELD_OUT[:6]) == perplexity(model, HELD_OUT[:6])
@@ -137,7 +142,7 @@ def test_a_stopped_training_goes_on_as_if_undisturbed(tmp_path: Path) -> None:
 
 
 def test_other_text_or_options_are_refused_and_so_is_damage(trained: Path, tmp_path: Path) -> None:
-    folder = tmp_path / FOLDER
+    folder = tmp_path / NEXT_WORD_FOLDER
     options = NextWordTraining(epochs=1, rows=2, steps=8)
     train_next_word(NextWord(LEXICON, size=8), TRAIN[:20], folder, options)
     with pytest.raises(ConfigError, match="another training"):
@@ -153,11 +158,43 @@ def test_other_text_or_options_are_refused_and_so_is_damage(trained: Path, tmp_p
     (folder / "training.safetensors").write_bytes(b"{}")
     with pytest.raises(ModelError, match="cannot go on from here"):
         train_next_word(NextWord(LEXICON, size=8), TRAIN[:20], folder, options)
-    (folder / "weights.safetensors").write_bytes(b"{}")
+    (folder / "weights.npz").write_bytes(b"{}")
     with pytest.raises(ModelError, match="damaged"):
         load(folder)
     with pytest.raises(ModelError, match="no next-word model"):
         load(tmp_path / "nowhere")
+
+
+def test_a_sample_of_the_words_teaches_what_all_of_them_do(trained: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    options = dataclasses.replace(SMALL, sampled=40)
+    train_next_word(NextWord(LEXICON, size=32, dropout=0.0), TRAIN, tmp_path / "sampled", options)
+    by_all, by_few = (perplexity(load(folder)[0], HELD_OUT).value for folder in (trained, tmp_path / "sampled"))
+    assert by_few == pytest.approx(by_all, rel=0.05)
+
+
+def test_whole_texts_are_scored_without_torch(trained: Path, tmp_path: Path) -> None:
+    """As torch does, word by word; shared beginnings, empty texts and unknown words included."""
+    model, about = load(trained)
+    lines = [*dict.fromkeys(HELD_OUT[:20]), "", "anna", "anna nods", "anna nods here", "here here here here"]
+    expected = []
+    for line in lines:
+        wanted = model.encode([line])
+        said = torch.cat([torch.tensor([END_ID]), wanted[:-1]])
+        scores, _ = model.step(said[None], model.initial_state(1))
+        expected.append(-float(torch.nn.functional.cross_entropy(scores[0], wanted, reduction="sum").detach()))
+    scorer = TextScorer(trained)
+    texts = [[scorer.numbers.get(word, UNKNOWN_ID) for word in line.split()] for line in lines]
+    np.testing.assert_allclose(scorer.log_probs(texts), expected, rtol=1e-4)
+    assert scorer.log_probs([]).shape == (0,)
+
+    shutil.copytree(trained, tmp_path / "small")
+    make_small(tmp_path / "small")
+    np.testing.assert_allclose(TextScorer(tmp_path / "small").log_probs(texts), expected, rtol=0.03)
+    assert {path.name for path in (tmp_path / "small").iterdir()} == {"model.json", "words.txt.gz", "weights.npz"}
+    save(NextWord(LEXICON, kind="gru", size=8), tmp_path / "small", about)
+    with pytest.raises(ModelError, match="its cell is 'gru'"):
+        TextScorer(tmp_path / "small")
 
 
 def run(*arguments: object) -> int:
@@ -172,7 +209,7 @@ def test_the_commands_train_compare_and_write(tmp_path: Path, capsys: pytest.Cap
     train = ("train-lm", text, "--out", out, "--kind", "gru", "--size", 16, "--epochs", 1)
     assert run(*train) == 0
     said = capsys.readouterr().out
-    assert said.startswith(f"{out / FOLDER}: gru, 9 words, 0.0 M weights; perplexity on ")
+    assert said.startswith(f"{out / NEXT_WORD_FOLDER}: gru, 9 words, 0.0 M weights; perplexity on ")
     assert "(0 more are unknown)" in said and "n-grams of 3 words" in said
     assert run(*train) == 0 and capsys.readouterr().out == said  # it is there: nothing is trained again
     texts = []

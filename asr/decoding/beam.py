@@ -1,28 +1,26 @@
 """Beam search: the words of a lexicon that the network and an n-gram language model together find likeliest.
 
 A network that writes phones beside its tokens is read twice, by their pronunciations and by their letters. What either
-search finds is weighed by both: each hears words that the other misses.
+search finds is weighed by both, as each hears words that the other misses, and by a next-word model where there is one.
 """
 
-import contextlib
 import itertools
-import os
-import sys
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from asr.decoding import Best, Hypothesis, TokenSpan
 from asr.decoding.ctc import align, log_likelihoods
 from asr.decoding.hot_words import Phrases, check_hot_words
+from asr.decoding.lexicon_search import BLANK, IMPOSSIBLE, Lexicon, Running, quiet, score, with_phrases
+from asr.decoding.next_word import UNKNOWN_ID, TextScorer
 from asr.errors import ConfigError, ModelError
 
-_BLANK = 0
 _SPACE = " "
-_THRESHOLD = 20.0  # hypotheses so far (natural log) behind the best are dropped
 _COMMON_WORDS = 1000  # on the way to their end, hot words count as no more likely than the least of so many words
 # An utterance that does not end is committed word by word, so that cost and memory stay bounded: each 60 s
 # (of 40 ms frames) all but the last 10 s; endpointing cuts sooner.
@@ -36,7 +34,6 @@ _CANDIDATES = 40  # of each search, that are weighed by tokens and phones
 # A word without a pronunciation: any phones will do, so many for a letter, each a little worse than the likeliest one.
 _PHONES_PER_LETTER, _ANY_PHONE = 0.85, -1.0
 _WAYS = 4  # of a text's pronunciations, that are tried
-_IMPOSSIBLE = -1e4  # instead of minus infinity, where a pronunciation has more phones than there are frames
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +45,7 @@ class BeamConfig:
         lm_weight: of the language model's log-probabilities, base 10 as KenLM's are, against the network's, base e.
         word_score: added for each word; more of it, more words.
         phone_share: how much the phones count, 0 to 1, and the tokens the rest, when candidates are weighed by both.
+        network_share: how much a next-word model counts, 0 to 1, and the n-grams the rest, when candidates are weighed.
         nbest: hypotheses that are told at the end of a segment.
         hot_words: phrases to expect, with what each adds to the score (natural log) of a text that has it.
     """
@@ -56,6 +54,7 @@ class BeamConfig:
     lm_weight: float = 1.75
     word_score: float = 0.5
     phone_share: float = 0.7
+    network_share: float = 0.5
     nbest: int = 1
     hot_words: Mapping[str, float] = field(default_factory=dict)
 
@@ -65,8 +64,9 @@ class BeamConfig:
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: must be at least 1")
         if not self.lm_weight >= 0:
             raise ConfigError(f"lm_weight = {self.lm_weight!r}: must not be negative")
-        if not 0 <= self.phone_share <= 1:
-            raise ConfigError(f"phone_share = {self.phone_share!r}: must be 0 to 1")
+        for name in ("phone_share", "network_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: must be 0 to 1")
         if self.hot_words and not self.lm_weight:
             raise ConfigError("hot words act through the language model: lm_weight must be above 0")
 
@@ -81,6 +81,7 @@ class BeamSearch:
         config: how to search.
         phones: those that the network writes behind its tokens, their blank first; none, if it writes none.
         pronunciations: phones of words, one way or several.
+        next_word: weighs the texts that are found, beside the n-grams.
 
     Raises:
         ConfigError: the vocabulary has no space, or spells no word of the lexicon, or not some hot word.
@@ -95,11 +96,12 @@ class BeamSearch:
         config: BeamConfig,
         phones: Sequence[str] = (),
         pronunciations: Mapping[str, Sequence[Sequence[str]]] | None = None,
+        next_word: TextScorer | None = None,
     ) -> None:
         from flashlight.lib.text.decoder.kenlm import KenLM
         from flashlight.lib.text.dictionary import Dictionary
 
-        index = {token: i for i, token in enumerate(tokens) if i != _BLANK}
+        index = {token: i for i, token in enumerate(tokens) if i != BLANK}
         spelled = [word for word in words if word and index.keys() >= set(word)]
         if _SPACE not in index or not spelled:
             reason = "spells no word of the lexicon" if _SPACE in index else "has no space"
@@ -114,7 +116,7 @@ class BeamSearch:
         for word in spelled:
             dictionary.add_entry(word)
         try:
-            with _silence():
+            with quiet():
                 lm = KenLM(str(model), dictionary)
         except (RuntimeError, OSError) as error:
             reason = " ".join(str(error).split())
@@ -122,6 +124,13 @@ class BeamSearch:
 
         context = lm.start(True)
         scores = [lm.score(context, i)[1] for i in range(len(spelled))]
+        self._next_word = next_word if config.network_share else None
+        if self._next_word:
+            # Words that it does not know share the probability of <unk> as their unigrams do.
+            self._numbers = [self._next_word.numbers.get(word, UNKNOWN_ID) for word in spelled]
+            unigrams, unknown = np.array(scores), np.array(self._numbers) == UNKNOWN_ID
+            total = np.log10(np.sum(10 ** unigrams[unknown]) + 1e-12)
+            self._shares = np.where(unknown, unigrams - total, 0.0)
         # More would push all other words with a hot word's first letters out of the search, or in.
         common = sorted(scores)[-_COMMON_WORDS:][0]
         for i, word in enumerate(spelled):
@@ -134,7 +143,7 @@ class BeamSearch:
         self.letters = [[index[c] for c in word] for word in spelled]
         entries = [(i, [*letters, self.space]) for i, letters in enumerate(self.letters)]
         settings = config.lm_weight, config.word_score
-        self._lexicons = [_Lexicon(entries, scores, slice(0, len(tokens)), self.space, config.beam, *settings)]
+        self._lexicons = [Lexicon(entries, scores, slice(0, len(tokens)), self.space, config.beam, *settings)]
         self.sounds: list[list[list[int]]] = []  # of each word, the ways to say it
         if phones and pronunciations:
             number = {phone: i for i, phone in enumerate(phones)}
@@ -145,42 +154,61 @@ class BeamSearch:
             self.sounds = [ways or [self._any_phones(word)] for word, ways in zip(spelled, self.sounds, strict=True)]
             settings = config.lm_weight * _BY_PHONES[0], config.word_score + _BY_PHONES[1]
             columns = slice(len(tokens), len(tokens) + len(phones))
-            self._lexicons.append(_Lexicon(entries, scores, columns, None, config.beam, *settings))
+            self._lexicons.append(Lexicon(entries, scores, columns, None, config.beam, *settings))
         numbers = {word: i for i, word in enumerate(spelled)}
+        self.weighs = bool(self.sounds or self._next_word)  # what the searches find
         self._phrases = Phrases({tuple(numbers[w] for w in words): boost for words, boost in hot.items()})
         self._lm = lm
 
     def __call__(self) -> "BeamDecoder":
         return BeamDecoder(self)
 
-    def start(self) -> "list[_Running]":
+    def start(self) -> "list[Running]":
         """The searches at the start of a segment, that by tokens first."""
         running = []
         for lexicon in self._lexicons:
-            scorer = _with_phrases(self._lm, self._phrases) if self.config.hot_words else self._lm
-            running.append(_Running(lexicon.open(scorer), scorer, lexicon.columns, lexicon.labels))
+            scorer = with_phrases(self._lm, self._phrases) if self.config.hot_words else self._lm
+            running.append(Running(lexicon.open(scorer), scorer, lexicon.columns, lexicon.labels))
         return running
 
-    def weigh(self, log_probs: np.ndarray, candidates: Mapping[tuple[int, ...], float]) -> dict[tuple[int, ...], float]:
-        """The score of word sequences by tokens and phones, and by the language model.
+    def weigh(
+        self, log_probs: np.ndarray, texts: Sequence[tuple[int, ...]], scorer: Any
+    ) -> dict[tuple[int, ...], float]:
+        """The score of texts by tokens, by phones where there are any, and by the language models.
 
         Args:
             log_probs: (frames, tokens + phones).
-            candidates: word numbers, with what the language model says of them.
+            texts: numbers of words.
+            scorer: the n-gram model, with the hot words of this segment.
         """
-        config, texts = self.config, list(candidates)
-        by_tokens = log_likelihoods(log_probs[:, : self.vocab_size], [self.spelling(words) for words in texts])
-        phones = log_probs[:, self.vocab_size :]
+        config, lengths = self.config, np.array([len(words) for words in texts])
+        heard = log_likelihoods(log_probs[:, : self.vocab_size], [self.spelling(words) for words in texts])
+        if self.sounds:
+            share = config.phone_share
+            heard = (1 - share) * heard + share * self._by_phones(log_probs[:, self.vocab_size :], texts)
+        said = self._language(texts, scorer)
+        total = heard + config.lm_weight * said + (config.word_score + _WEIGHED) * lengths
+        return dict(zip(texts, total.tolist(), strict=True))
+
+    def _by_phones(self, phones: np.ndarray, texts: Sequence[tuple[int, ...]]) -> np.ndarray:
+        """The log-likelihood of texts by their likeliest pronunciation, from (frames, phones)."""
         anything = phones[:, 1:].max(axis=1, keepdims=True) + _ANY_PHONE
         ways = [(i, way) for i, words in enumerate(texts) for way in itertools.islice(self._ways(words), _WAYS)]
         scores = log_likelihoods(np.concatenate([phones, anything, anything], axis=1), [way for _, way in ways])
-        by_phones = np.full(len(texts), _IMPOSSIBLE)
-        np.maximum.at(by_phones, [i for i, _ in ways], scores)
-        language = np.array([candidates[words] for words in texts])
-        share, lengths = config.phone_share, np.array([len(words) for words in texts])
-        heard = (1 - share) * by_tokens + share * by_phones
-        total = heard + config.lm_weight * language + (config.word_score + _WEIGHED) * lengths
-        return dict(zip(texts, total.tolist(), strict=True))
+        best = np.full(len(texts), IMPOSSIBLE)
+        np.maximum.at(best, [i for i, _ in ways], scores)
+        return best
+
+    def _language(self, texts: Sequence[tuple[int, ...]], scorer: Any) -> np.ndarray:
+        """The base-10 log-probability of texts: of n-grams with hot words, and of the next-word model."""
+        ngrams = np.array([score(scorer, words) for words in texts])
+        if not self._next_word:
+            return ngrams
+        plain = ngrams if scorer is self._lm else np.array([score(self._lm, words) for words in texts])
+        numbers = [[self._numbers[word] for word in words] for words in texts]
+        unknown = np.array([self._shares[list(words)].sum() for words in texts])
+        network = self._next_word.log_probs(numbers) / math.log(10) + unknown
+        return ngrams + self.config.network_share * (network - plain)
 
     def spelling(self, words: Sequence[int]) -> list[int]:
         """The tokens of a text, with spaces between its words."""
@@ -199,111 +227,6 @@ class BeamSearch:
         return [self.any_phone + i % 2 for i in range(count)]  # two names: CTC parts equal neighbours by a blank
 
 
-class _Lexicon:
-    """Words as labels of one kind, and how to search for them."""
-
-    def __init__(
-        self,
-        entries: Sequence[tuple[int, list[int]]],
-        scores: Sequence[float],
-        columns: slice,
-        silence: int | None,
-        beam: int,
-        lm_weight: float,
-        word_score: float,
-    ) -> None:
-        from flashlight.lib.text.decoder import CriterionType, LexiconDecoderOptions, SmearingMode, Trie
-
-        labels = columns.stop - columns.start
-        self.columns = columns
-        if silence is None:  # flashlight reads one between words all the same: `_Running` adds a column of nothing
-            silence, labels = labels, labels + 1
-        self._silence, self.labels = silence, labels
-        self._trie = Trie(labels, silence)
-        with _silence():  # of more than six words that sound alike, it says that it keeps six
-            for word, spelled in entries:
-                self._trie.insert(spelled, word, scores[word])
-        self._trie.smear(SmearingMode.MAX)
-        self._options = LexiconDecoderOptions(
-            beam_size=beam,
-            beam_size_token=labels,
-            beam_threshold=_THRESHOLD,
-            lm_weight=lm_weight,
-            word_score=word_score,
-            unk_score=-float("inf"),
-            sil_score=0.0,
-            log_add=False,
-            criterion_type=CriterionType.CTC,
-        )
-
-    def open(self, scorer: Any) -> Any:
-        """A search at the start of a segment; it refers to the scorer, and to this, without owning them."""
-        from flashlight.lib.text.decoder import LexiconDecoder
-
-        search = LexiconDecoder(self._options, self._trie, scorer, self._silence, _BLANK, -1, [], False)
-        search.decode_begin()
-        return search
-
-
-class _Running(NamedTuple):
-    """A search in the middle of a segment, the language model that it refers to, and the columns that it reads.
-
-    Of labels it reads one more than there are columns, if none of them is a silence.
-    """
-
-    search: Any
-    scorer: Any
-    columns: slice
-    labels: int
-
-    def read(self, log_probs: np.ndarray) -> None:
-        """Take the next frames, (frames, tokens + phones)."""
-        block = np.full((len(log_probs), self.labels), _IMPOSSIBLE, np.float32)
-        given = log_probs[:, self.columns]
-        block[:, : given.shape[1]] = given
-        self.search.decode_step(block.ctypes.data, *block.shape)
-
-    def score(self, words: Sequence[int]) -> float:
-        """What the language model says of a whole text: the same to the last bit, however a search came to it."""
-        state, total = self.scorer.start(False), 0.0
-        for word in words:
-            state, score = self.scorer.score(state, word)
-            total += score
-        return total + self.scorer.finish(state)[1]
-
-    def finish(self) -> list[Any]:
-        """What flashlight found, the best first."""
-        self.search.decode_end()
-        found = self.search.get_all_final_hypothesis()  # in no order where scores are equal
-        return sorted(found, key=lambda h: (-h.score, h.words))
-
-
-def _with_phrases(lm: Any, phrases: Phrases) -> Any:
-    """A language model that adds to another one's scores what phrases are worth; for one segment."""
-    from flashlight.lib.text.decoder import LM
-
-    class WithPhrases(LM):
-        def __init__(self) -> None:
-            super().__init__()
-            self._nodes: dict[Any, int] = {}  # of states within a phrase
-
-        def start(self, start_with_nothing: bool) -> Any:
-            return lm.start(start_with_nothing)
-
-        def score(self, state: Any, word: int) -> tuple[Any, float]:
-            after, score = lm.score(state, word)
-            node, bonus = phrases.step(self._nodes.get(state, 0), word)
-            if node:
-                self._nodes[after] = node
-            return after, score + bonus
-
-        def finish(self, state: Any) -> tuple[Any, float]:
-            after, score = lm.finish(state)
-            return after, score - phrases.lent(self._nodes.get(state, 0))
-
-    return WithPhrases()
-
-
 class BeamDecoder:
     """Beam search of one segment, block by block (see asr.decoding.Decoder)."""
 
@@ -316,7 +239,7 @@ class BeamDecoder:
         self._blocks: list[np.ndarray] = []  # the frames from there on
         self._frames = 0  # in the blocks
         # Searches that have read the blocks; None in a copy that has not been used yet.
-        self._running: list[_Running] | None = None
+        self._running: list[Running] | None = None
 
     def accept(self, log_probs: np.ndarray, best: Best | None = None) -> None:
         """Take the next frames, (frames, tokens + phones), also none; the best ones alone do not help here."""
@@ -340,15 +263,17 @@ class BeamDecoder:
         self._running = None
         # The last word has no space after it. One more frame, in which a space costs as little as none.
         end = np.full((1, self._search.vocab_size), -1e4, np.float32)
-        end[0, [_BLANK, self._search.space]] = 0.0
+        end[0, [BLANK, self._search.space]] = 0.0
         by_tokens.read(end)
         found, nbest = by_tokens.finish(), self._search.config.nbest
-        if not by_phones or not self._frames:
+        if not self._search.weighs or not self._frames:
             return [Hypothesis((*self.written, *self._spans(h.tokens)), h.score) for h in found[:nbest]]
-        texts = [h.words for h in [*found[:_CANDIDATES], *by_phones[0].finish()[:_CANDIDATES]]]
-        candidates = {words: by_tokens.score(words) for words in sorted({_words_in(text) for text in texts})}
+        found = found[:_CANDIDATES]
+        for running in by_phones:
+            found += running.finish()[:_CANDIDATES]
+        texts = sorted({_words_in(h.words) for h in found})
         log_probs = np.concatenate(self._blocks)
-        weighed = self._search.weigh(log_probs, candidates)
+        weighed = self._search.weigh(log_probs, texts, by_tokens.scorer)
         possible = sorted((words for words in weighed if weighed[words] > -np.inf), key=lambda words: -weighed[words])
         return [
             Hypothesis((*self.written, *self._aligned(log_probs, words, agreement(words, weighed))), weighed[words])
@@ -375,7 +300,7 @@ class BeamDecoder:
             for s, share in zip(found, of_tokens, strict=True)
         ]
 
-    def _search_so_far(self) -> list[_Running]:
+    def _search_so_far(self) -> list[Running]:
         if self._running is None:
             self._running = self._search.start()
             for running in self._running:
@@ -400,7 +325,7 @@ class BeamDecoder:
         sums = np.add.reduceat(np.minimum(np.exp(log_probs, dtype=np.float64), 1.0), starts)
         runs = zip(tokens[starts].tolist(), starts.tolist(), ends.tolist(), sums.tolist(), strict=True)
         first = self._first
-        return [TokenSpan(t, first + a, first + b, total / (b - a)) for t, a, b, total in runs if t != _BLANK]
+        return [TokenSpan(t, first + a, first + b, total / (b - a)) for t, a, b, total in runs if t != BLANK]
 
     def _commit(self) -> None:
         """Write down what is best but the last seconds, cut behind a word; search on from there."""
@@ -433,17 +358,3 @@ def agreement(words: Sequence[int], weighed: Mapping[tuple[int, ...], float]) ->
         for block in Levenshtein.opcodes(words, other).as_matching_blocks():
             found[block.a : block.a + block.size] += share
     return np.minimum(found, 1.0).tolist()
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """KenLM draws a progress bar on the process's stderr."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)

@@ -10,12 +10,13 @@ import numpy as np
 import onnx
 import torch
 
+from asr import next_word
 from asr.audio import EDGE_SILENCE_SECONDS, SAMPLE_RATE
 from asr.errors import ModelError
 from asr.files import replace_folder, write_atomically
 from asr.models import Network, load_network, save_network
 from asr.runtime.export_graph import GraphBuilder, check_speech
-from asr.runtime.folder import LM_FOLDER
+from asr.runtime.folder import LM_FOLDER, NEXT_WORD_FOLDER
 from asr.runtime.onnx import OnnxOffline, open_graph
 from asr.runtime.quantise import quantise
 from asr.runtime.sherpa import build_sherpa_graph, read_as_sherpa, sherpa_tokens
@@ -144,7 +145,7 @@ def export_model(
         _check_replaceable(out)
     networks: dict[str, Path] = {}
     card = json.dumps({"name": out.name}) + "\n"  # what several sources say of themselves is true of none of the joined
-    language_model = out / LM_FOLDER if (out / LM_FOLDER).is_dir() else None
+    language_models = _language_models(out)
     for source in sources:
         folder = source / "model" if (source / "model").is_dir() else source
         found = [kind for kind in ("offline", "streaming") if (folder / kind / "weights.safetensors").is_file()]
@@ -153,10 +154,9 @@ def export_model(
         networks |= {kind: folder / kind for kind in found}
         if len(sources) == 1 and (folder / "card.json").is_file():
             card = (folder / "card.json").read_text(encoding="utf-8")
-        if (folder / LM_FOLDER).is_dir():
-            language_model = folder / LM_FOLDER
+        language_models |= _language_models(folder)
     if to == "model":
-        return [_write_model(networks, card, language_model, out, small, speech)]
+        return [_write_model(networks, card, language_models, out, small, speech)]
     out.mkdir(parents=True, exist_ok=True)
     if to == "sherpa":
         return [_write_sherpa(load_network(folder), out / kind, speech) for kind, folder in networks.items()]
@@ -185,15 +185,20 @@ def _check_replaceable(out: Path) -> None:
         return
     if not out.is_dir():
         raise ModelError(f"{out}: is a file; name a folder to write")
-    others = sorted({p.name for p in out.iterdir()} - {"offline", "streaming", "card.json", LM_FOLDER})
+    others = sorted({p.name for p in out.iterdir()} - {"offline", "streaming", "card.json", *_language_models(out)})
     if others:
         raise ModelError(f"{out}: holds other things than a model ({', '.join(others[:3])}); name another folder")
+
+
+def _language_models(folder: Path) -> dict[str, Path]:
+    """Those that lie in a folder, by their names in a model folder."""
+    return {name: folder / name for name in (LM_FOLDER, NEXT_WORD_FOLDER) if (folder / name).is_dir()}
 
 
 def _write_model(
     networks: dict[str, Path],
     card: str,
-    language_model: Path | None,
+    language_models: dict[str, Path],
     out: Path,
     small: bool,
     speech: Sequence[np.ndarray] | None,
@@ -204,8 +209,10 @@ def _write_model(
     for kind, folder in networks.items():
         save_network(load_network(folder), temporary / kind, dtype=torch.float16 if small else torch.float32)
         write_graphs(temporary / kind, precisions=("int8",) if small else ("fp32", "int8"), speech=speech)
-    if language_model is not None:
-        shutil.copytree(language_model, temporary / LM_FOLDER)
+    for name, folder in language_models.items():
+        shutil.copytree(folder, temporary / name)
+    if small and NEXT_WORD_FOLDER in language_models:
+        next_word.make_small(temporary / NEXT_WORD_FOLDER)
     write_atomically(temporary / "card.json", card)
     replace_folder(temporary, out)
     return out

@@ -11,6 +11,7 @@ FORMAT_VERSION = 1
 NETWORKS = ("offline", "streaming")
 _GRAPHS = {"int8": "model.int8.onnx", "fp32": "model.onnx"}
 LM_FOLDER, LM_FILE, LM_WORDS, LM_LEXICON = "lm", "lm.arpa.gz", "words.txt.gz", "lexicon.txt.gz"
+NEXT_WORD_FOLDER = "next-word"
 _LM_FILES = ("lm.bin", LM_FILE)  # KenLM's binary form is read at once
 _WORD_FILES = (LM_WORDS, "words.txt")  # models of 2026 and earlier have the latter
 _SHIPPED = Path(__file__).parents[1] / "shipped"
@@ -85,6 +86,12 @@ def find_lexicon(path: str | Path | None) -> Path | None:
     """The pronunciations beside the n-gram model of a model folder, if it has any; None is the shipped model."""
     found = (shipped_model() if path is None else Path(path)) / LM_FOLDER / LM_LEXICON
     return found if found.is_file() else None
+
+
+def find_next_word(path: str | Path | None) -> Path | None:
+    """The next-word model of a model folder, if it has one; None is the shipped model."""
+    found = (shipped_model() if path is None else Path(path)) / NEXT_WORD_FOLDER
+    return found if found.is_dir() else None
 
 
 def phones_at_output(network: Path) -> list[str]:

@@ -18,6 +18,7 @@ from asr.next_word import NextWord, load, save
 from asr.nn import State, detach
 from asr.training.step import learning_rate
 
+_SAMPLED_POWER = 0.75  # of a word's count, in proportion to which it is sampled (Mikolov et al. 2013)
 _TRAINING = "training.safetensors"  # beside the model: all that it takes to go on
 
 
@@ -30,6 +31,8 @@ class NextWordTraining:
         steps: words to a piece of a row: the state is carried to the next piece, the gradient ends.
         rate: of Adam, at its highest.
         clip_norm: of the gradient.
+        sampled: the right words compete with so many at an update, drawn anew each time, common ones more often; 0:
+            with all. With a large lexicon that is most of the work.
     """
 
     epochs: int = 3
@@ -38,6 +41,7 @@ class NextWordTraining:
     rate: float = 4e-3
     clip_norm: float = 1.0
     seed: int = 1
+    sampled: int = 0
 
 
 Show = Callable[[int, int, float], None]  # updates done, of so many, the loss a word
@@ -73,8 +77,13 @@ def train_next_word(
     pieces = range(0, length - options.steps + 1, options.steps)
     total = options.epochs * len(pieces)
 
+    counts = torch.bincount(stream, minlength=len(model.words)).float()
+    drawn = counts.clamp(min=1).pow(_SAMPLED_POWER)
+    drawn /= drawn.sum()
+    logs = (-torch.expm1(options.sampled * torch.log1p(-drawn))).log()  # of a word's probability to be in a sample
+
     torch.manual_seed(options.seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=options.rate)
+    optimizer = torch.optim.Adam(model.parameters(), lr=options.rate, fused=True)
     about = {"training": dataclasses.asdict(options), "text": _fingerprint(stream, model.words)}
     done, state = 0, model.initial_state(options.rows)
     if folder.exists():
@@ -86,8 +95,14 @@ def train_next_word(
             state = model.initial_state(options.rows)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(done, total, options.rate, total // 20)
-        scores, state = model.step(said[:, piece : piece + options.steps], detach(state))
-        loss = nn.functional.cross_entropy(scores.flatten(0, 1), wanted[:, piece : piece + options.steps].flatten())
+        read, right = said[:, piece : piece + options.steps], wanted[:, piece : piece + options.steps].flatten()
+        if options.sampled:
+            y, state = model.read(read, detach(state))
+            words = torch.multinomial(drawn, options.sampled, replacement=True).unique()
+            loss = model.sampled_loss(y.flatten(0, 1), right, words, logs)
+        else:
+            scores, state = model.step(read, detach(state))
+            loss = nn.functional.cross_entropy(scores.flatten(0, 1), right)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)

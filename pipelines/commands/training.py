@@ -156,11 +156,20 @@ def train_lm(
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Times through the text.", show_default="3", rich_help_panel=NETWORKS)
     ] = None,
+    sampled: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Compare the right word with so many others at an update, not with all: faster, with many words.",
+            show_default="all",
+            rich_help_panel=NETWORKS,
+        ),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Of the first weights and dropout.", show_default="1", rich_help_panel=NETWORKS)
     ] = None,
 ) -> None:
-    """Make a language model from text: n-grams for --decoding beam, or a network for `asr generate`.
+    """Make a language model from text: n-grams for --decoding beam, or a network that weighs what they find.
 
     ngram: words, modified Kneser-Ney, pruned. Writes OUT/lm. The text is
     normalised as transcripts are; every 200th line is kept back, to measure the
@@ -176,7 +185,8 @@ def train_lm(
         from asr.training.next_word import NextWordTraining
         from pipelines.next_word import train_network
 
-        given = {name: value for name, value in {"epochs": epochs, "seed": seed}.items() if value is not None}
+        options = {"epochs": epochs, "sampled": sampled, "seed": seed}
+        given = {name: value for name, value in options.items() if value is not None}
         network = train_network(
             texts,
             out,
@@ -194,7 +204,7 @@ def train_lm(
             f"n-grams of {order} words {network.ngrams.value:.1f}"
         )
         return
-    _refuse("--kind ngram", size=size, epochs=epochs, seed=seed)
+    _refuse("--kind ngram", size=size, epochs=epochs, sampled=sampled, seed=seed)
     from pipelines.train_lm import train_lm as run
 
     made = run(

@@ -1,0 +1,136 @@
+"""What an LSTM next-word model says of whole texts, in numpy: recognition needs no torch.
+
+`asr train-lm --kind lstm` trains it (asr.next_word, where its equations stand); the beam search weighs what it found
+by it.
+"""
+
+import gzip
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from asr.errors import ModelError
+from asr.files import write_atomically
+
+FORMAT_VERSION = 2
+UNKNOWN_ID, END_ID = 0, 1
+_ABOUT, _WORDS, _WEIGHTS = "model.json", "words.txt.gz", "weights.npz"
+_SCALE = ".scale"  # of each row of a matrix that is kept as int8
+
+
+def write_model(
+    folder: Path, weights: Mapping[str, np.ndarray], words: Sequence[str], about: dict[str, Any], *, small: bool = False
+) -> None:
+    """Write a next-word model into a folder that is there.
+
+    Args:
+        weights: float32, by their names in asr.next_word.NextWord.
+        words: the lexicon; the model's numbers for them begin at 2.
+        about: anything that JSON holds.
+        small: matrices as int8, each row with a scale: a quarter of the size.
+    """
+    kept: dict[str, np.ndarray] = {}
+    for name, weight in weights.items():
+        if small and weight.ndim == 2:
+            scale = np.maximum(np.abs(weight).max(axis=1, keepdims=True) / 127, 1e-12)
+            kept |= {name: np.round(weight / scale).astype(np.int8), name + _SCALE: scale.astype(np.float32)}
+        else:
+            kept[name] = weight
+    data = io.BytesIO()
+    np.savez_compressed(data, allow_pickle=False, **kept)
+    write_atomically(folder / _WEIGHTS, data.getvalue())
+    write_atomically(folder / _WORDS, gzip.compress("".join(f"{word}\n" for word in words).encode(), mtime=0))
+    text = json.dumps({"format_version": FORMAT_VERSION, **about}, indent=2, ensure_ascii=False)
+    write_atomically(folder / _ABOUT, f"{text}\n".encode())
+
+
+def read_model(folder: Path) -> tuple[dict[str, np.ndarray], list[str], dict[str, Any]]:
+    """The weights, float32, the lexicon, and what is told about them, from what `write_model` wrote.
+
+    Raises:
+        ModelError: there is none, or it is damaged or of another version.
+    """
+    if not (folder / _ABOUT).is_file():
+        raise ModelError(f"{folder}: no next-word model; make one with `asr train-lm TEXT --kind lstm --out {folder}`")
+    try:
+        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+        if about["format_version"] != FORMAT_VERSION:
+            version = about["format_version"]
+            raise ModelError(f"{folder}: format version {version}, this program reads {FORMAT_VERSION}; train it again")
+        words = gzip.decompress((folder / _WORDS).read_bytes()).decode().split()
+        with np.load(folder / _WEIGHTS) as file:
+            kept = {name: file[name] for name in file.files}
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{folder}: the model is damaged ({str(error).splitlines()[0]}); train it again") from error
+    scales = {name: kept.pop(name) for name in list(kept) if name.endswith(_SCALE)}
+    weights = {name: kept[name] * scales.get(name + _SCALE, np.float32(1)) for name in kept}
+    return {name: weight.astype(np.float32, copy=False) for name, weight in weights.items()}, words, about
+
+
+class TextScorer:
+    """The probability of whole texts, each read from its start with an empty memory.
+
+    Args:
+        folder: what `write_model` wrote.
+
+    Attributes:
+        numbers: the model's words, by what it calls them.
+
+    Raises:
+        ModelError: there is none, it is damaged, or its cell is not an LSTM.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        weights, words, about = read_model(folder)
+        if about.get("kind") != "lstm":
+            raise ModelError(f"{folder}: its cell is {about.get('kind')!r}; the search reads --kind lstm alone")
+        try:
+            self._embedding, self._bias = weights["embedding.weight"], weights["bias"]
+            self._w, self._b = weights["layer.cell.w.weight"].T, weights["layer.cell.w.bias"]
+            self._u, self._narrow = weights["layer.cell.u.weight"].T, weights["narrow.weight"].T
+        except KeyError as error:
+            raise ModelError(f"{folder}: the model is damaged ({error} is missing); train it again") from error
+        self.numbers = {word: i for i, word in enumerate(words, start=END_ID + 1)}
+
+    def log_probs(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
+        """The natural-log probability of each text, its end included, given as numbers: (texts,) float64.
+
+        Texts share what is computed for the beginnings that they share.
+        """
+        lengths = np.array([len(text) for text in texts], np.int64)
+        words = np.full((len(texts), max(lengths, default=-1) + 1), END_ID)  # each text with its end
+        for row, text in zip(words, texts, strict=True):
+            row[: len(text)] = text
+        totals = np.zeros(len(texts))
+        rows = np.arange(len(texts))  # texts that go on
+        at = np.zeros(len(texts), np.int64)  # of each one's beginning, among those that differ
+        h = c = np.zeros((1, len(self._u)), np.float32)
+        read = np.array([END_ID])
+        for depth, wanted in enumerate(words.T):
+            h, c = self._step(read, h, c)
+            scores = (h @ self._narrow) @ self._embedding.T + self._bias
+            highest = scores.max(axis=1, keepdims=True)
+            norms = highest[:, 0] + np.log(np.exp(scores - highest).sum(axis=1))
+            totals[rows] += scores[at, wanted[rows]] - norms[at]
+            going_on = lengths[rows] > depth
+            rows, at = rows[going_on], at[going_on]
+            differing, at = np.unique(np.stack([at, wanted[rows]]), axis=1, return_inverse=True)
+            (before, read), at = differing, at.reshape(-1)
+            h, c = h[before], c[before]
+        return totals
+
+    def _step(self, read: np.ndarray, h: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The LSTM (asr.nn.cells.LSTMCell): words (n,) and the state (n, size) each -> the new state."""
+        i, f, candidate, o = np.split(self._embedding[read] @ self._w + h @ self._u + self._b, 4, axis=1)
+        c = _sigmoid(f) * c + _sigmoid(i) * np.tanh(candidate)
+        return _sigmoid(o) * np.tanh(c), c
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 0.5 * np.tanh(0.5 * x) + 0.5
