@@ -15,7 +15,7 @@ from asr.decoding.ngram import Perplexity, estimate
 from asr.decoding.ngram import perplexity as ngram_perplexity
 from asr.errors import TextError
 from asr.next_word import NextWord
-from asr.runtime.folder import NEXT_WORD_FOLDER
+from asr.runtime.folder import NEXT_WORD_FOLDER, shipped_model
 from asr.text import normalize
 from asr.training.next_word import NextWordTraining, train_next_word
 from pipelines.formats import write_text
@@ -105,15 +105,16 @@ def train_network(
 
 
 def generate(
-    prompt: str, folder: Path, *, words: int, temperature: float, top_k: int, seed: int
+    prompt: str, folder: Path | None, *, words: int, temperature: float, top_k: int, seed: int
 ) -> tuple[list[str], Iterator[str]]:
-    """What a model writes after `prompt`: the prompt's words that it does not know, and the text in pieces as it comes.
+    """What a model (None: the shipped one) writes after `prompt`: the prompt's words that it does not know, and the
+    text in pieces as it comes.
 
     Raises:
         ModelError: there is no next-word model in the folder.
         ConfigError: the temperature is not above 0.
     """
-    model, _ = next_word.load(folder)
+    model, _ = next_word.load(folder or shipped_model())
     prompt = normalize(prompt)
     drawn = next_word.generate(model, prompt, words=words, temperature=temperature, top_k=top_k, seed=seed)
     return model.unknown(prompt), _written(prompt, drawn)

@@ -22,14 +22,10 @@ def log_likelihoods(log_probs: np.ndarray, sequences: Sequence[Sequence[int]]) -
     Returns:
         (sequences,) float64; -inf for one that needs more frames than there are.
     """
-    size = 2 * max(map(len, sequences), default=0) + 1
-    labels = np.full((len(sequences), size), _BLANK)
-    for row, sequence in zip(labels, sequences, strict=True):
-        row[1 : 2 * len(sequence) : 2] = sequence
+    labels, skips = _states(sequences)
+    size = labels.shape[1]
     ends = 2 * np.array([len(sequence) for sequence in sequences], np.int64)
     inside = np.arange(size) <= ends[:, None]
-    skips = np.zeros_like(inside)
-    skips[:, 2:] = (labels[:, 2:] != _BLANK) & (labels[:, 2:] != labels[:, :-2])
     probabilities = np.exp(log_probs, dtype=np.float64)
 
     # Probabilities, with their sum set to 1 after each frame, cost a fifth of logarithms.
@@ -64,11 +60,8 @@ def align(log_probs: np.ndarray, sequence: Sequence[int]) -> list[TokenSpan]:
         log_probs: (frames, labels), the blank being label 0.
         sequence: labels without blanks, for which there must be frames enough.
     """
-    labels = np.zeros(2 * len(sequence) + 1, np.int64)
-    labels[1::2] = sequence
+    (labels,), (skips,) = _states([sequence])
     size, frames = len(labels), len(log_probs)
-    skips = np.zeros(size, bool)
-    skips[2:] = (labels[2:] != _BLANK) & (labels[2:] != labels[:-2])
     scores = np.asarray(log_probs, np.float64)[:, labels]
     best = np.full(size + 2, -np.inf)
     best[2:4] = scores[0, :2]
@@ -89,3 +82,13 @@ def align(log_probs: np.ndarray, sequence: Sequence[int]) -> list[TokenSpan]:
         confidence = np.minimum(np.exp(scores[first:end, 2 * i + 1]), 1.0).mean()
         spans.append(TokenSpan(int(label), first, end, float(confidence)))
     return spans
+
+
+def _states(sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Each sequence with blanks around its labels, and where the blank before may be skipped: (sequences, n)."""
+    labels = np.full((len(sequences), 2 * max(map(len, sequences), default=0) + 1), _BLANK, np.int64)
+    for row, sequence in zip(labels, sequences, strict=True):
+        row[1 : 2 * len(sequence) : 2] = sequence
+    skips = np.zeros_like(labels, bool)
+    skips[:, 2:] = (labels[:, 2:] != _BLANK) & (labels[:, 2:] != labels[:, :-2])
+    return labels, skips

@@ -88,8 +88,13 @@ def study(
 
 @app.command(rich_help_panel=INSIDE)
 def generate(
-    model: Annotated[Path, typer.Option("--model", "-m", help="Folder that `asr train-lm --kind lstm` wrote.")],
     prompt: Annotated[str, typer.Argument(help="How the text starts.")] = "",
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model", "-m", help="Folder that `asr train-lm --kind lstm` wrote; without it, the shipped model's."
+        ),
+    ] = None,
     words: Annotated[int, typer.Option(min=1, help="How many to write.")] = 50,
     temperature: Annotated[float, typer.Option(help="Above 1 bolder, below 1 safer.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Draw from so many most probable words; 0: from all.")] = 0,
