@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from asr.nn import (
     stacked,
 )
 from asr.nn.layer import valid
+from asr.runtime.folder import read_priors, write_priors
 from asr.text import Tokenizer
 
 FORMAT_VERSION = 1
@@ -73,6 +75,10 @@ class Network(Chain):
         mean, variance: of the features, (bands,).
         phones: names of the auxiliary phone targets, blank first; empty without them.
         states: how many phone states are frame-wise targets beside the phones (asr.training.align); 0 without them.
+
+    Attributes:
+        log_priors: the natural logarithm of the mean probability of each token, and phone, over speech, (tokens +
+            phones,), which a beam search takes off (asr.decoding.beam); None where it was not measured.
     """
 
     def __init__(
@@ -111,6 +117,7 @@ class Network(Chain):
         layers.append(Output(size, len(tokenizer), len(phones) if model.phone_output else 0))
         super().__init__(layers)
         self.config, self.tokenizer, self.phones = config, tokenizer, phones
+        self.log_priors: np.ndarray | None = None
         self.phone_count = len(phones) if model.phone_output else 0  # columns behind those of the tokens
         self.phone_output = Output(size, len(phones)) if model.phone_layer and phones else None
         self.state_output = Output(size, states) if model.phone_layer and states else None
@@ -146,7 +153,7 @@ class Network(Chain):
 
 
 def save_network(network: Network, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """Write config.toml, tokens.txt and weights.safetensors into `folder`, replacing it whole.
+    """Write config.toml, tokens.txt, weights.safetensors and what else it has into `folder`, replacing it whole.
 
     Args:
         dtype: what floating-point weights are stored in (float16 halves the file).
@@ -159,6 +166,8 @@ def save_network(network: Network, folder: str | Path, *, dtype: torch.dtype = t
     network.tokenizer.save(temporary / "tokens.txt")
     if network.phones:
         (temporary / "phones.txt").write_text("\n".join(network.phones) + "\n", encoding="utf-8")
+    if network.log_priors is not None:
+        write_priors(temporary, network.log_priors)
     weights = {
         name: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
         for name, value in network.state_dict().items()
@@ -195,4 +204,5 @@ def load_network(folder: str | Path) -> Network:
         network.load_state_dict({name: v.float() if v.is_floating_point() else v for name, v in weights.items()})
     except Exception as error:  # safetensors raises its own kinds, torch RuntimeError
         raise ModelError(f"{folder}/weights.safetensors: {str(error).splitlines()[0]}") from error
+    network.log_priors = read_priors(folder)
     return network.eval()

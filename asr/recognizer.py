@@ -27,6 +27,7 @@ from asr.runtime.folder import (
     find_networks,
     find_next_word,
     phones_at_output,
+    read_priors,
 )
 from asr.runtime.reader import BLOCK_FRAMES, Work, run_together
 from asr.session import Clock, Session, Update
@@ -108,7 +109,9 @@ class Recognizer:
             networks[name] = Network(
                 tokenizer,
                 lambda folder=folder, opened=opened: load_engine(folder, **opened),
-                open_search=lambda tokens=tokenizer.tokens, phones=phones: open_search(tokens, phones),
+                open_search=lambda folder=folder, tokens=tokenizer.tokens, phones=phones: open_search(
+                    tokens, phones, read_priors(folder)
+                ),
                 where=str(folder),
                 weights=find_graph(folder, precision) if engine == "onnx" else folder / "weights.safetensors",
                 calibration=load_calibration(folder, decoding) if calibrated else Calibration(),
@@ -243,8 +246,8 @@ class Recognizer:
 
 def _search_opener(
     path: str | Path | None, decoding: str, settings: dict[str, Any]
-) -> Callable[[Sequence[str], Sequence[str]], Callable[[], Decoder]]:
-    """How to open a search for tokens, and phones behind them; what it needs is looked for now.
+) -> Callable[[Sequence[str], Sequence[str], np.ndarray | None], Callable[[], Decoder]]:
+    """How to open a search for tokens, phones behind them, and their priors; what it needs is looked for now.
 
     Raises:
         ConfigError: no such decoding, or settings that it does not have.
@@ -253,17 +256,17 @@ def _search_opener(
     if decoding == "greedy":
         for name, value in settings.items():
             raise ConfigError(f"{name} = {value!r}: only with decoding = 'beam'")
-        return lambda tokens, phones: GreedyDecoder
+        return lambda tokens, phones, log_priors: GreedyDecoder
     if decoding != "beam":
         raise ConfigError(f"decoding = {decoding!r}: must be greedy or beam")
     config = BeamConfig(**settings)
     model, words = find_language_model(path)
     lexicon, next_word = find_lexicon(path), find_next_word(path)
 
-    def open_search(tokens: Sequence[str], phones: Sequence[str]) -> BeamSearch:
+    def open_search(tokens: Sequence[str], phones: Sequence[str], log_priors: np.ndarray | None) -> BeamSearch:
         said = read_pronunciations(lexicon) if lexicon and phones else None
         scorer = TextScorer(next_word) if next_word and config.network_share else None
-        return BeamSearch(model, words, tokens, config, phones, said, scorer)
+        return BeamSearch(model, words, tokens, config, phones, said, scorer, log_priors)
 
     return open_search
 

@@ -392,3 +392,28 @@ def test_a_next_word_model_weighs_what_the_searches_found(tmp_path: Path) -> Non
         decoder.accept(heard if phones else heard[:, : len(tokens)])
         found[bool(phones), share] = text(decoder.finish()[0].tokens, tokens)
     assert found == {(False, 0.0): "not to", (False, 1.0): "not two", (True, 0.0): "not to", (True, 1.0): "not two"}
+
+
+def test_priors_are_taken_off_what_the_network_says(tmp_path: Path) -> None:
+    """As if it had said less of what is frequent; only times and confidences are those of what it said."""
+    model = estimate(SAID_LINES, order=2)
+    write_arpa(model, tmp_path / "lm.arpa.gz")
+    rng = np.random.default_rng(1)
+    log_probs = np.concatenate([random_frames(3, 40, len(TOKENS) + 1), random_frames(4, 40, len(PHONES))], axis=1)
+    priors = np.log(rng.uniform(0.01, 0.5, log_probs.shape[1])).astype(np.float32)
+    tokens, said = (*TOKENS, "w"), SAID
+
+    def decode(log_probs: np.ndarray, weight: float, given: np.ndarray | None) -> list[tuple[str, float]]:
+        config = BeamConfig(lm_weight=0.3, word_score=0.5, prior_weight=weight, nbest=5)
+        decoder = BeamSearch(tmp_path / "lm.arpa.gz", model.lexicon, tokens, config, PHONES, said, None, given)()
+        for start in range(0, 40, 7):
+            decoder.accept(log_probs[start : start + 7])
+        return [(text(h.tokens, tokens), round(h.score, 3)) for h in decoder.finish()]
+
+    found = decode(log_probs, 0.5, priors)
+    assert found == decode(log_probs - 0.5 * priors, 0.5, None)
+    assert decode(log_probs, 0.0, priors) == decode(log_probs, 0.5, None) != found
+    with pytest.raises(ModelError, match="3 priors for 18 outputs"):
+        decode(log_probs, 0.5, priors[:3])
+    with pytest.raises(ConfigError, match="prior_weight"):
+        BeamConfig(prior_weight=-1.0)

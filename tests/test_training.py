@@ -275,7 +275,9 @@ def test_a_start_that_failed_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_without_tuning_data_the_average_is_kept(tmp_path: Path) -> None:
     config = tone_config(write_corpus(tmp_path / "d", rows=6), epochs=2)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, dev=()))
-    load_network(run_training(config, tmp_path / "run"))
+    network = load_network(run_training(config, tmp_path / "run"))
+    assert network.log_priors is not None and network.log_priors.shape == (len(network.tokenizer),)
+    assert np.exp(network.log_priors).sum() == pytest.approx(1.0, abs=1e-3)  # measured at the end
     end = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert end["text"] == "no tuning data (data.dev): the mean of the last 2 epochs is kept"
 

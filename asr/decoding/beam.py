@@ -45,6 +45,8 @@ class BeamConfig:
         lm_weight: of the language model's log-probabilities, base 10 as KenLM's are, against the network's, base e.
         word_score: added for each word; more of it, more words.
         phone_share: how much the phones count, 0 to 1, and the tokens the rest, when candidates are weighed by both.
+        prior_weight: how much of the outputs' prior probabilities is taken off their log-probabilities, where the model
+            has them.
         network_share: how much a next-word model counts, 0 to 1, and the n-grams the rest, when candidates are weighed.
         nbest: hypotheses that are told at the end of a segment.
         hot_words: phrases to expect, with what each adds to the score (natural log) of a text that has it.
@@ -54,6 +56,7 @@ class BeamConfig:
     lm_weight: float = 1.75
     word_score: float = 0.5
     phone_share: float = 0.7
+    prior_weight: float = 0.5
     network_share: float = 0.5
     nbest: int = 1
     hot_words: Mapping[str, float] = field(default_factory=dict)
@@ -64,6 +67,8 @@ class BeamConfig:
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: must be at least 1")
         if not self.lm_weight >= 0:
             raise ConfigError(f"lm_weight = {self.lm_weight!r}: must not be negative")
+        if not self.prior_weight >= 0:
+            raise ConfigError(f"prior_weight = {self.prior_weight!r}: must not be negative")
         for name in ("phone_share", "network_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: must be 0 to 1")
@@ -82,6 +87,9 @@ class BeamSearch:
         phones: those that the network writes behind its tokens, their blank first; none, if it writes none.
         pronunciations: phones of words, one way or several.
         next_word: weighs the texts that are found, beside the n-grams.
+        log_priors: of the network's outputs, (tokens + phones,). What it says of a sound and what the language models
+            say of a word both count how frequent it is; that is taken off (Bourlard and Morgan 1994; for CTC, whose
+            blank is the most frequent of all, Miao et al. 2015, https://arxiv.org/abs/1507.08240).
 
     Raises:
         ConfigError: the vocabulary has no space, or spells no word of the lexicon, or not some hot word.
@@ -97,6 +105,7 @@ class BeamSearch:
         phones: Sequence[str] = (),
         pronunciations: Mapping[str, Sequence[Sequence[str]]] | None = None,
         next_word: TextScorer | None = None,
+        log_priors: np.ndarray | None = None,
     ) -> None:
         from flashlight.lib.text.decoder.kenlm import KenLM
         from flashlight.lib.text.dictionary import Dictionary
@@ -140,6 +149,11 @@ class BeamSearch:
         # A word ends with a space, so "to day" needs the network to write one; within a word, hypotheses are
         # charged for the likeliest word that they can still become.
         self.config, self.space, self.vocab_size = config, index[_SPACE], len(tokens)
+        outputs = len(tokens) + len(phones)
+        if log_priors is not None and len(log_priors) < outputs:
+            raise ModelError(f"{len(log_priors)} priors for {outputs} outputs; the model is damaged")
+        known_priors = np.zeros(outputs) if log_priors is None else log_priors[:outputs]
+        self.offsets = (-config.prior_weight * known_priors).astype(np.float32)
         self.letters = [[index[c] for c in word] for word in spelled]
         entries = [(i, [*letters, self.space]) for i, letters in enumerate(self.letters)]
         settings = config.lm_weight, config.word_score
@@ -177,7 +191,7 @@ class BeamSearch:
         """The score of texts by tokens, by phones where there are any, and by the language models.
 
         Args:
-            log_probs: (frames, tokens + phones).
+            log_probs: (frames, tokens + phones), the priors taken off.
             texts: numbers of words.
             scorer: the n-gram model, with the hot words of this segment.
         """
@@ -247,7 +261,7 @@ class BeamDecoder:
             block = np.array(log_probs[: _COMMIT_FRAMES - self._frames], np.float32, order="C")
             log_probs = log_probs[len(block) :]
             for running in self._search_so_far():
-                running.read(block)
+                running.read(block + self._search.offsets)
             self._blocks.append(block)
             self._frames += len(block)
             if self._frames == _COMMIT_FRAMES:
@@ -273,7 +287,7 @@ class BeamDecoder:
             found += running.finish()[:_CANDIDATES]
         texts = sorted({_words_in(h.words) for h in found})
         log_probs = np.concatenate(self._blocks)
-        weighed = self._search.weigh(log_probs, texts, by_tokens.scorer)
+        weighed = self._search.weigh(log_probs + self._search.offsets, texts, by_tokens.scorer)
         possible = sorted((words for words in weighed if weighed[words] > -np.inf), key=lambda words: -weighed[words])
         return [
             Hypothesis((*self.written, *self._aligned(log_probs, words, agreement(words, weighed))), weighed[words])
@@ -305,7 +319,7 @@ class BeamDecoder:
             self._running = self._search.start()
             for running in self._running:
                 for block in self._blocks:
-                    running.read(block)
+                    running.read(block + self._search.offsets)
         return self._running
 
     def pending(self) -> list[TokenSpan]:

@@ -4,6 +4,8 @@ import gzip
 import itertools
 from pathlib import Path
 
+import numpy as np
+
 from asr.config import read_toml
 from asr.errors import ConfigError, ModelError
 
@@ -11,6 +13,7 @@ FORMAT_VERSION = 1
 NETWORKS = ("offline", "streaming")
 _GRAPHS = {"int8": "model.int8.onnx", "fp32": "model.onnx"}
 LM_FOLDER, LM_FILE, LM_WORDS, LM_LEXICON = "lm", "lm.arpa.gz", "words.txt.gz", "lexicon.txt.gz"
+_PRIORS = "priors.txt"  # of a network
 NEXT_WORD_FOLDER = "next-word"
 _LM_FILES = ("lm.bin", LM_FILE)  # KenLM's binary form is read at once
 _WORD_FILES = (LM_WORDS, "words.txt")  # models of 2026 and earlier have the latter
@@ -99,6 +102,26 @@ def phones_at_output(network: Path) -> list[str]:
     writes = read_toml(network / "config.toml").get("model", {}).get("phone_output", False)
     names = network / "phones.txt"
     return names.read_text(encoding="utf-8").split() if writes and names.is_file() else []
+
+
+def write_priors(network: Path, log_priors: np.ndarray) -> None:
+    """Write the logarithms of the mean probability of each token, and phone, (tokens + phones,), a line each."""
+    (network / _PRIORS).write_text("".join(f"{value:.4f}\n" for value in log_priors), encoding="utf-8")
+
+
+def read_priors(network: Path) -> np.ndarray | None:
+    """What `write_priors` wrote, float32 (tokens + phones,); None where there is nothing.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    path = network / _PRIORS
+    if not path.is_file():
+        return None
+    try:
+        return np.array(path.read_text(encoding="utf-8").split(), np.float32)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not a list of numbers ({error}); the model is damaged") from error
 
 
 def find_language_model(path: str | Path | None) -> tuple[Path, list[str]]:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchaudio
 from torch.nn.parallel import DistributedDataParallel
@@ -13,6 +14,7 @@ from asr.augment import SAMPLE_RATE
 from asr.config import NetworkConfig, TrainConfig
 from asr.errors import AsrError
 from asr.models import FORMAT_VERSION, Network, load_network
+from asr.nn.layer import valid
 from asr.text import Tokenizer
 from asr.training.checkpoint import average_weights, checkpoints, load_checkpoint, random_state
 from asr.training.data import Corpus, Loader, Plan, Sampler, tuning_plan
@@ -23,6 +25,7 @@ from asr.training.start import check_inputs, take_weights
 from asr.training.step import Losses, choose_precision, ctc, features_of, learning_rate
 
 _BAD_STEPS_IN_A_ROW = 20
+_PRIOR_MINUTES = 10.0  # of speech, over which the outputs' mean probabilities are measured
 Report = Callable[[dict], None]
 
 
@@ -295,6 +298,21 @@ class Trainer:
             "wer": word_errors / max(words, 1),
         }
 
+    @torch.no_grad()
+    def _measure_priors(self) -> np.ndarray:
+        """The logarithm of each output's mean probability over training speech as it was recorded."""
+        self.network.eval()
+        loader = Loader(self.corpus, self.config, self.config.features.hop, augment=False)
+        total, count = torch.zeros(()), 0
+        for plan in tuning_plan(self.corpus, _PRIOR_MINUTES, self.config.training.batch_seconds):
+            batch = loader.batch(plan, 0).to(self.device)
+            log_probs, frames, auxiliary = self.network.read_features(*features_of(self.network, batch))
+            outputs = torch.cat([log_probs, *(auxiliary[name] for name in ("final phones",) if name in auxiliary)], -1)
+            spoken = valid(frames, outputs.shape[1])
+            total = total + outputs[spoken].exp().sum(0).cpu()
+            count += int(frames.sum())
+        return np.log(np.maximum(total.numpy() / max(count, 1), 1e-6), dtype=np.float32)
+
     def _finish(self) -> Path:
         """Average the last epochs where that scores better than the best one, and write the model folder."""
         folder = self.run / "model" / self.config.model.kind
@@ -308,8 +326,10 @@ class Trainer:
         else:
             text = f"CER of the best epoch {best_cer:.1%}, of the mean of the last {averaged:.1%}"
         if self.ranks.rank == 0:
-            better = averaged is None or averaged <= best_cer
-            self.record.keep(self.network if better else load_network(self.run / "best"), folder)
+            if averaged is not None and averaged > best_cer:
+                self.network.load_state_dict(load_network(self.run / "best").state_dict())
+            self.network.log_priors = self._measure_priors()
+            self.record.keep(self.network, folder)
         self.record.log("end", self.step, text=text)
         self.ranks.wait()
         return folder
