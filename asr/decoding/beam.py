@@ -30,7 +30,7 @@ _LOOKBACK_FRAMES = 250
 # phones than letters. And candidates are weighed by all their alignments, where a search follows the best one.
 _BY_PHONES, _WEIGHED = (0.87, -0.5), 1.0
 _SHARPNESS = 0.1  # of the probabilities that scores stand for: as they are, the best text would be all but certain
-_CANDIDATES = 40  # of each search, that are weighed by tokens and phones
+_CANDIDATES = 50  # of each search, that are weighed by tokens and phones
 # A word without a pronunciation: any phones will do, so many for a letter, each a little worse than the likeliest one.
 _PHONES_PER_LETTER, _ANY_PHONE = 0.85, -1.0
 _WAYS = 4  # of a text's pronunciations, that are tried
@@ -52,12 +52,12 @@ class BeamConfig:
         hot_words: phrases to expect, with what each adds to the score (natural log) of a text that has it.
     """
 
-    beam: int = 100
-    lm_weight: float = 1.75
+    beam: int = 250
+    lm_weight: float = 2.25
     word_score: float = 0.5
     phone_share: float = 0.7
     prior_weight: float = 0.5
-    network_share: float = 0.5
+    network_share: float = 0.7
     nbest: int = 1
     hot_words: Mapping[str, float] = field(default_factory=dict)
 

@@ -12,7 +12,8 @@ from asr.decoding.hot_words import Phrases
 
 BLANK = 0
 IMPOSSIBLE = -1e4  # instead of minus infinity, where a pronunciation has more phones than there are frames
-_THRESHOLD = 20.0  # hypotheses so far (natural log) behind the best are dropped
+_THRESHOLD = 15.0  # hypotheses so far (natural log) behind the best are dropped
+_LIKELIEST = 10  # labels that are tried at a frame: a third of the work, and no more errors (docs/trials.md)
 
 
 class Lexicon:
@@ -42,7 +43,7 @@ class Lexicon:
         self._trie.smear(SmearingMode.MAX)
         self._options = LexiconDecoderOptions(
             beam_size=beam,
-            beam_size_token=labels,
+            beam_size_token=min(_LIKELIEST, labels),
             beam_threshold=_THRESHOLD,
             lm_weight=lm_weight,
             word_score=word_score,
