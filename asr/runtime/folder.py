@@ -9,6 +9,7 @@ from asr.errors import ConfigError, ModelError
 
 FORMAT_VERSION = 1
 NETWORKS = ("offline", "streaming")
+PREDICTION_FILE = "prediction.npz"  # in the folder of a network with a transducer
 _GRAPHS = {"int8": "model.int8.onnx", "fp32": "model.onnx"}
 LM_FOLDER, LM_FILE, LM_WORDS, LM_LEXICON = "lm", "lm.arpa.gz", "words.txt.gz", "lexicon.txt.gz"
 _LM_FILES = ("lm.bin", LM_FILE)  # KenLM's binary form is read at once
@@ -92,6 +93,21 @@ def phones_at_output(network: Path) -> list[str]:
     writes = read_toml(network / "config.toml").get("model", {}).get("phone_output", False)
     names = network / "phones.txt"
     return names.read_text(encoding="utf-8").split() if writes and names.is_file() else []
+
+
+def find_prediction(network: Path) -> Path:
+    """The prediction network in the folder of a network with a transducer.
+
+    Raises:
+        ModelError: it has none; the message says how to train one.
+    """
+    if not (network / PREDICTION_FILE).is_file():
+        raise ModelError(
+            f"{network}: this network has no transducer; choose another decoding (greedy, beam), or train one on it: "
+            f"`asr train CONFIG --out RUN --set model.prediction=256 --set training.freeze_encoder=true "
+            f"--set init_from={network}`"
+        )
+    return network / PREDICTION_FILE
 
 
 def find_language_model(path: str | Path | None) -> tuple[Path, list[str]]:
