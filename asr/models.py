@@ -37,8 +37,8 @@ FORMAT_VERSION = 1
 class Output(StreamingLayer):
     """A linear layer and log-softmax: (batch, time, size) -> log-probabilities (batch, time, tokens + phones + joint).
 
-    Those of the tokens come first, those of the phones, where there are any, behind them: two distributions. Last, where
-    the network has a transducer, comes the encoder's share of its joint (asr.nn.transducer), which is linear.
+    Those of the tokens come first, those of the phones, where there are any, behind them: two distributions. The
+    encoder's share of a transducer's joint (asr.nn.transducer), which is linear, comes last.
     """
 
     def __init__(self, size: int, tokens: int, phones: int = 0, joint: int = 0) -> None:

@@ -37,7 +37,7 @@ class Transducer(nn.Module):
         return self.project(self.lstm(started, lengths)[0])
 
     def forward(self, encoder: Tensor, prediction: Tensor) -> Tensor:
-        """Log-probabilities of the next token: e_t and V g_u, of shapes that broadcast, (..., units) -> (..., tokens)."""
+        """e_t and V g_u, (..., units) of shapes that broadcast -> log-probabilities of tokens (..., tokens)."""
         return self.output(torch.tanh(encoder + prediction)).log_softmax(-1, dtype=torch.float32)
 
     def arrays(self) -> dict[str, np.ndarray]:

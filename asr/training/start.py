@@ -55,7 +55,9 @@ def check_inputs(config: TrainConfig, run: Path) -> None:
             raise ConfigError(f"data.weights.{name}: no utterance of data.train comes from {name}; {advice}")
     if config.init_from:
         start = load_network(config.init_from)
-        wanted = dataclasses.replace(start.config.model, **{name: getattr(config.model, name) for name in _OF_TRANSDUCER})
+        wanted = dataclasses.replace(
+            start.config.model, **{name: getattr(config.model, name) for name in _OF_TRANSDUCER}
+        )
         if config.training.freeze_encoder and config.model != wanted:
             raise ConfigError(
                 f"training.freeze_encoder: the network of init_from has another [model] than the configuration; only "
