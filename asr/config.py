@@ -58,6 +58,7 @@ class ModelConfig:
     dropout: float = 0.15
     phone_output: bool = False  # phones beside the tokens at the end, which the beam search reads as well
     phone_layer: int = 0
+    prediction: int = 0  # units of a transducer's prediction network and of its joint (asr.nn.transducer); 0: none
     cell: str = "lstm"  # of the recurrent layers; equations in asr.nn.cells
     residual: bool = False  # add each recurrent layer's input to its output, where both are of one size
     attention: int = 0  # frames of the past that self-attention after the recurrent layers sees (both ways offline)
@@ -83,6 +84,7 @@ class ModelConfig:
             "0 in a bidirectional network, which sees everything ahead",
         )  # fmt: skip
         _check(0 <= self.phone_layer <= self.layers, "model.phone_layer", self.phone_layer, "0 (none) to model.layers")
+        _check(self.prediction >= 0, "model.prediction", self.prediction, "0 (no transducer) or more units")
         _check(self.cell in CELLS, "model.cell", self.cell, f"one of {', '.join(CELLS)}")
         _check(
             self.cell != "lstm-projection" or self.hidden >= 2, "model.hidden", self.hidden,
@@ -178,6 +180,8 @@ class TrainingConfig:
     clip_value: float = 0.0  # of each of its entries, after clip_norm; 0: off
     phone_weight: float = 0.5
     alignment_weight: float = 0.0  # of phone states frame by frame, on the phone layer, where `asr align` was run
+    transducer_weight: float = 1.0  # of the transducer's loss beside CTC's, where model.prediction is above 0
+    freeze_encoder: bool = False  # train the transducer alone, on the network that init_from names
     curriculum_seconds: float = 0.0
     curriculum_step_seconds: float = 1.0
     curriculum_epochs: int = 5
@@ -197,8 +201,8 @@ class TrainingConfig:
         _check(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "above 0")
         _check(self.clip_norm > 0, "training.clip_norm", self.clip_norm, "above 0")
         for name in (
-            "clip_value", "warmup_steps", "weight_decay", "phone_weight", "alignment_weight", "curriculum_seconds",
-            "curriculum_step_seconds",
+            "clip_value", "warmup_steps", "weight_decay", "phone_weight", "alignment_weight", "transducer_weight",
+            "curriculum_seconds", "curriculum_step_seconds",
         ):  # fmt: skip
             _check(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "at least 0")
         _check(
@@ -227,7 +231,17 @@ class TrainConfig:
         bands = self.augment.band_mask_bands
         _check(bands <= self.features.bands, "augment.band_mask_bands", bands, "at most features.bands")
         _check(self.init_from != "" or not self.new_tokens, "new_tokens", True, "false without init_from")
-        patience = self.training.patience
+        training = self.training
+        _check(
+            self.model.prediction == 0 or training.transducer_weight > 0, "training.transducer_weight",
+            training.transducer_weight, "above 0 with model.prediction, or nothing teaches the transducer",
+        )  # fmt: skip
+        _check(
+            not training.freeze_encoder or (self.model.prediction > 0 and self.init_from != "" and not self.new_tokens),
+            "training.freeze_encoder", True, "false without a transducer to train (model.prediction) and a trained "
+            "network to train it on (init_from, with its own tokens)",
+        )  # fmt: skip
+        patience = training.patience
         _check(patience == 0 or len(self.data.dev) > 0, "training.patience", patience, "0 without data.dev")
 
 

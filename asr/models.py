@@ -27,23 +27,26 @@ from asr.nn import (
     stacked,
 )
 from asr.nn.layer import valid
-from asr.runtime.folder import read_priors, write_priors
+from asr.nn.transducer import Transducer
+from asr.runtime.folder import PREDICTION_FILE, read_priors, write_priors
 from asr.text import Tokenizer
 
 FORMAT_VERSION = 1
 
 
 class Output(StreamingLayer):
-    """A linear layer and log-softmax: (batch, time, size) -> log-probabilities (batch, time, tokens + phones).
+    """A linear layer and log-softmax: (batch, time, size) -> log-probabilities (batch, time, tokens + phones + joint).
 
-    Those of the tokens come first, those of the phones, where there are any, behind them: two distributions.
+    Those of the tokens come first, those of the phones, where there are any, behind them: two distributions. The
+    encoder's share of a transducer's joint (asr.nn.transducer), which is linear, comes last.
     """
 
-    def __init__(self, size: int, tokens: int, phones: int = 0) -> None:
+    def __init__(self, size: int, tokens: int, phones: int = 0, joint: int = 0) -> None:
         super().__init__()
         self.linear = nn.Linear(size, tokens)
         self.phones = nn.Linear(size, phones) if phones else None
-        self.size = tokens + phones
+        self.joint = nn.Linear(size, joint) if joint else None
+        self.size = tokens + phones + joint
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         return self._log_probs(x), lengths
@@ -55,7 +58,10 @@ class Output(StreamingLayer):
         outputs = [self.linear] if self.phones is None else [self.linear, self.phones]
         logits = [output(x) for output in outputs]
         dtype = torch.promote_types(logits[0].dtype, torch.float32)
-        return torch.cat([each.log_softmax(-1, dtype=dtype) for each in logits], dim=-1)
+        parts = [each.log_softmax(-1, dtype=dtype) for each in logits]
+        if self.joint is not None:
+            parts.append(self.joint(x).to(dtype))
+        return torch.cat(parts, dim=-1)
 
     def _nothing(self, batch_size: int) -> Tensor:
         return self.linear.weight.new_zeros(batch_size, 0, self.size)
@@ -66,8 +72,9 @@ class Network(Chain):
 
     `forward` takes audio (batch, samples) and lengths (batch,) in samples, edge silence included, and gives
     log-probabilities (batch, samples // stride, tokens), blank first, with their lengths; with `model.phone_output`
-    those of the phones, their blank first, come behind the tokens'. A streaming network also has `initial_state`,
-    `step` and `finish` (asr.nn.StreamingLayer).
+    those of the phones, their blank first, come behind the tokens', and with `model.prediction` the encoder's share of
+    the transducer's joint behind both. A streaming network also has `initial_state`, `step` and `finish`
+    (asr.nn.StreamingLayer).
 
     Args:
         config: features and layers.
@@ -114,13 +121,15 @@ class Network(Chain):
             layers.append(SelfAttention(size, model.attention, both=model.bidirectional))
         if model.look_ahead:
             layers.append(LookAhead(size, model.look_ahead))
-        layers.append(Output(size, len(tokenizer), len(phones) if model.phone_output else 0))
+        layers.append(Output(size, len(tokenizer), len(phones) if model.phone_output else 0, model.prediction))
         super().__init__(layers)
         self.config, self.tokenizer, self.phones = config, tokenizer, phones
         self.log_priors: np.ndarray | None = None
         self.phone_count = len(phones) if model.phone_output else 0  # columns behind those of the tokens
         self.phone_output = Output(size, len(phones)) if model.phone_layer and phones else None
         self.state_output = Output(size, states) if model.phone_layer and states else None
+        self.joint_size = model.prediction  # columns behind those of the phones
+        self.transducer = Transducer(len(tokenizer), model.prediction, model.dropout) if model.prediction else None
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         features, frames = self.normalised_features(x, lengths)
@@ -137,7 +146,8 @@ class Network(Chain):
     def read_features(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Features -> token log-probabilities, lengths, and those of its other outputs by name.
 
-        "phones" and "states" are read off the phone layer, "final phones" come beside the tokens.
+        "phones" and "states" are read off the phone layer, "final phones" and "joint", the encoder's share of the
+        transducer's, come beside the tokens.
         """
         auxiliary = {}
         phone_layer = self.first_recurrent + self.config.model.phone_layer - 1
@@ -148,12 +158,16 @@ class Network(Chain):
                 auxiliary = {name: head(x, lengths)[0] for name, head in heads.items() if head is not None}
         tokens = len(self.tokenizer)
         if self.phone_count:
-            auxiliary["final phones"] = x[..., tokens:]
+            auxiliary["final phones"] = x[..., tokens : tokens + self.phone_count]
+        if self.joint_size:
+            auxiliary["joint"] = x[..., -self.joint_size :]
         return x[..., :tokens], lengths, auxiliary
 
 
 def save_network(network: Network, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
     """Write config.toml, tokens.txt, weights.safetensors and what else it has into `folder`, replacing it whole.
+
+    Of a transducer, the prediction network is also written by itself, for those who recognize without torch.
 
     Args:
         dtype: what floating-point weights are stored in (float16 halves the file).
@@ -174,6 +188,10 @@ def save_network(network: Network, folder: str | Path, *, dtype: torch.dtype = t
     }
     save_file(weights, temporary / "weights.safetensors")
     (temporary / "weights.safetensors").chmod(0o644)  # safetensors makes it private
+    if network.transducer is not None:
+        kind = np.float16 if dtype == torch.float16 else np.float32
+        arrays = {name: value.astype(kind) for name, value in network.transducer.arrays().items()}
+        np.savez(temporary / PREDICTION_FILE, allow_pickle=False, **arrays)
     replace_folder(temporary, folder)
 
 

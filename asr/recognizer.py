@@ -14,6 +14,7 @@ from asr.decoding.calibration import Calibration, load_calibration
 from asr.decoding.greedy import GreedyDecoder
 from asr.decoding.next_word import TextScorer
 from asr.decoding.sound import levels_of
+from asr.decoding.transducer import TransducerSearch
 from asr.endpoint import EndpointConfig, Endpointer
 from asr.errors import AudioError, ConfigError, ModelError
 from asr.lexicon import read_pronunciations
@@ -21,11 +22,13 @@ from asr.network import BATCH_ROWS, Alternative, Network, Segment, Transcript, t
 from asr.runtime import check_choice, load_engine
 from asr.runtime.folder import (
     NETWORKS,
+    PREDICTION_FILE,
     find_graph,
     find_language_model,
     find_lexicon,
     find_networks,
     find_next_word,
+    find_prediction,
     phones_at_output,
     read_priors,
 )
@@ -82,13 +85,15 @@ class Recognizer:
             engine: "onnx" or "torch".
             precision: "fp32" or "int8"; None: with onnx int8 where the model has it, with torch fp32.
             threads: for the arithmetic of one network.
-            decoding: "greedy", or "beam": with the language model in the folder's lm/.
+            decoding: "greedy", or "beam": with the language model in the folder's lm/, or "transducer": greedy as well,
+                by a network that has one.
             beam, lm_weight, word_score, nbest, hot_words: of the beam search, see asr.decoding.beam.BeamConfig.
             endpoint: where audio is cut into segments; None leaves it uncut, however long.
             calibrated: False: times and confidences of words as the decoder gives them (see asr.decoding.calibration).
 
         Raises:
-            ModelError: the folder is missing, incomplete or of another version, or has no language model.
+            ModelError: the folder is missing, incomplete or of another version, or has no language model or transducer
+                where one is asked for.
             ConfigError: an argument that is not allowed.
         """
         check_choice(engine=engine, precision=precision, threads=threads)
@@ -100,17 +105,19 @@ class Recognizer:
             "nbest": nbest,
             "hot_words": hot_words or None,
         }
-        open_search = _search_opener(path, decoding, {k: v for k, v in settings.items() if v is not None})
+        given = {name: value for name, value in settings.items() if value is not None}
+        open_search = _search_opener(path, list(folders.values()), decoding, given)
         networks = {}
         for name, folder in folders.items():
             tokenizer = Tokenizer.load(folder / "tokens.txt")
             phones = phones_at_output(folder) if decoding == "beam" and find_lexicon(path) else []
             opened = {"engine": engine, "precision": precision, "threads": threads, "phones": bool(phones)}
+            opened["joint"] = decoding == "transducer"
             networks[name] = Network(
                 tokenizer,
                 lambda folder=folder, opened=opened: load_engine(folder, **opened),
                 open_search=lambda folder=folder, tokens=tokenizer.tokens, phones=phones: open_search(
-                    tokens, phones, read_priors(folder)
+                    folder, tokens, phones
                 ),
                 where=str(folder),
                 weights=find_graph(folder, precision) if engine == "onnx" else folder / "weights.safetensors",
@@ -245,28 +252,33 @@ class Recognizer:
 
 
 def _search_opener(
-    path: str | Path | None, decoding: str, settings: dict[str, Any]
-) -> Callable[[Sequence[str], Sequence[str], np.ndarray | None], Callable[[], Decoder]]:
-    """How to open a search for tokens, phones behind them, and their priors; what it needs is looked for now.
+    path: str | Path | None, folders: Sequence[Path], decoding: str, settings: dict[str, Any]
+) -> Callable[[Path, Sequence[str], Sequence[str]], Callable[[], Decoder]]:
+    """How to open a search by the network in a folder for tokens, and phones behind them; what it needs is looked for.
 
     Raises:
         ConfigError: no such decoding, or settings that it does not have.
-        ModelError: the model has no language model.
+        ModelError: the model has no language model, or no network of it has a transducer.
     """
-    if decoding == "greedy":
+    if decoding not in ("greedy", "beam", "transducer"):
+        raise ConfigError(f"decoding = {decoding!r}: must be greedy, beam or transducer")
+    if decoding != "beam":
         for name, value in settings.items():
             raise ConfigError(f"{name} = {value!r}: only with decoding = 'beam'")
-        return lambda tokens, phones, log_priors: GreedyDecoder
-    if decoding != "beam":
-        raise ConfigError(f"decoding = {decoding!r}: must be greedy or beam")
+    if decoding == "greedy":
+        return lambda folder, tokens, phones: GreedyDecoder
+    if decoding == "transducer":
+        if not any((folder / PREDICTION_FILE).is_file() for folder in folders):
+            find_prediction(folders[0])  # says what to do
+        return lambda folder, tokens, phones: TransducerSearch.load(find_prediction(folder))
     config = BeamConfig(**settings)
     model, words = find_language_model(path)
     lexicon, next_word = find_lexicon(path), find_next_word(path)
 
-    def open_search(tokens: Sequence[str], phones: Sequence[str], log_priors: np.ndarray | None) -> BeamSearch:
+    def open_search(folder: Path, tokens: Sequence[str], phones: Sequence[str]) -> BeamSearch:
         said = read_pronunciations(lexicon) if lexicon and phones else None
         scorer = TextScorer(next_word) if next_word and config.network_share else None
-        return BeamSearch(model, words, tokens, config, phones, said, scorer, log_priors)
+        return BeamSearch(model, words, tokens, config, phones, said, scorer, read_priors(folder))
 
     return open_search
 

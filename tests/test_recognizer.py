@@ -42,7 +42,7 @@ class MemoryEngine:
     """Every frame's token depends on all frames since the start, and on one `latency_frames` ahead."""
 
     samples_per_frame = FRAME
-    vocab_size, phone_count = len(TOKENIZER), 0
+    vocab_size, phone_count, joint_size = len(TOKENIZER), 0, 0
 
     def __init__(self, latency_frames: int = 2) -> None:
         self.latency_frames = latency_frames

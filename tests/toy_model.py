@@ -38,7 +38,7 @@ class ToyEngine:
 
     samples_per_frame = FRAME
     latency_frames = 0
-    vocab_size, phone_count = len(TOKENIZER), 0
+    vocab_size, phone_count, joint_size = len(TOKENIZER), 0, 0
 
     def log_probs(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [self._read(samples[: len(samples) // FRAME * FRAME]) for samples in batch]

@@ -18,14 +18,19 @@ class OfflineEngine(Protocol):
         samples_per_frame: samples to one output frame.
         vocab_size: tokens, the blank first.
         phone_count: phones, their blank first, whose log-probabilities come behind the tokens'; 0: none do.
+        joint_size: units of a transducer's joint, the encoder's share of which comes last; 0: it does not.
     """
 
     samples_per_frame: int
     vocab_size: int
     phone_count: int
+    joint_size: int
 
     def log_probs(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Float32 (samples,) each -> float32 (samples // samples_per_frame, vocab_size + phone_count) each."""
+        """Float32 (samples,) each -> float32 (samples // samples_per_frame, columns) each.
+
+        Columns: log-probabilities of vocab_size tokens and phone_count phones, then joint_size of the joint.
+        """
         ...
 
 
@@ -38,12 +43,14 @@ class StreamingEngine(Protocol):
             samples one step over so many frames of zeros with `flush` gives what is still held.
         vocab_size: tokens, the blank first.
         phone_count: phones, their blank first, whose log-probabilities come behind the tokens'; 0: none do.
+        joint_size: units of a transducer's joint, the encoder's share of which comes last; 0: it does not.
     """
 
     samples_per_frame: int
     latency_frames: int
     vocab_size: int
     phone_count: int
+    joint_size: int
 
     def initial_state(self, batch: int = 1) -> State:
         """The state at the start of `batch` streams."""
@@ -53,8 +60,8 @@ class StreamingEngine(Protocol):
         """Read float32 (batch, samples), samples a multiple of samples_per_frame above 0.
 
         Returns:
-            Log-probabilities (batch, samples // samples_per_frame, vocab_size + phone_count) and the new state; the
-            one that went in is unchanged.
+            (batch, samples // samples_per_frame, columns), with columns as in OfflineEngine.log_probs, and the new
+            state; the one that went in is unchanged.
         """
         ...
 
@@ -66,6 +73,7 @@ def load_engine(
     precision: str | None = None,
     threads: int = 1,
     phones: bool = False,
+    joint: bool = False,
 ) -> OfflineEngine | StreamingEngine:
     """Open one network of a model.
 
@@ -76,6 +84,7 @@ def load_engine(
             before fp32; PyTorch: always fp32).
         threads: for the arithmetic of one call.
         phones: whether log-probabilities of phones come behind those of the tokens, where the network has them.
+        joint: whether the encoder's share of the transducer's joint comes behind both, where it has one.
 
     Raises:
         ModelError: the network cannot be opened so; the message says what is missing.
@@ -90,11 +99,11 @@ def load_engine(
             raise ModelError("the engine torch needs PyTorch: pip install 'streaming-asr[train]'") from None
         from asr.runtime.torch import open_network
 
-        return open_network(network_dir, threads=threads, phones=phones)
+        return open_network(network_dir, threads=threads, phones=phones, joint=joint)
     from asr.runtime.folder import find_graph
     from asr.runtime.onnx import open_graph
 
-    return open_graph(find_graph(network_dir, precision), threads=threads, phones=phones)
+    return open_graph(find_graph(network_dir, precision), threads=threads, phones=phones, joint=joint)
 
 
 def check_choice(*, engine: str, precision: str | None, threads: int) -> None:

@@ -74,7 +74,11 @@ def _write_checked(
             tokens, wanted = len(network.tokenizer), np.concatenate(expected)
             _compare(got[:, :tokens], wanted[:, :tokens], path, precision, exact=read is _read)
             if got.shape[1] > tokens:
-                _compare(got[:, tokens:], wanted[:, tokens:], path, precision, exact=True)
+                end = tokens + network.phone_count
+                if end > tokens:
+                    _compare(got[:, tokens:end], wanted[:, tokens:end], path, precision, exact=True)
+                if network.joint_size:
+                    _compare_joint(got[:, end:], wanted[:, end:], path, precision)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -94,6 +98,23 @@ def _compare(got: np.ndarray, expected: np.ndarray, path: Path, precision: str, 
     else:
         figure, limit = float(np.abs(np.exp(got) - np.exp(expected)).sum(axis=1).mean() / 2), _SHIFT[precision]
         meaning = "probability that went to other tokens, mean over the frames"
+    _check_within(figure, limit, meaning, path)
+
+
+def _compare_joint(got: np.ndarray, expected: np.ndarray, path: Path, precision: str) -> None:
+    """The encoder's share of a transducer's joint (frames, units) in a graph against PyTorch's, as the joint reads it.
+
+    Raises:
+        ModelError: they differ by more than the graph's rounding can explain.
+    """
+    difference = np.abs(np.tanh(got) - np.tanh(expected))
+    if precision == "fp32":
+        _check_within(float(difference.max()), _TOLERANCE, "largest difference in tanh of the joint", path)
+    else:
+        _check_within(float(difference.mean()), _SHIFT[precision], "mean difference in tanh of the joint", path)
+
+
+def _check_within(figure: float, limit: float, meaning: str, path: Path) -> None:
     if not figure <= limit:
         raise ModelError(
             f"{path}: not written, on speech the graph does not say what PyTorch says: {figure:.2g} where {limit:g} is "
@@ -103,7 +124,7 @@ def _compare(got: np.ndarray, expected: np.ndarray, path: Path, precision: str, 
 
 def _read(path: Path, audio: np.ndarray, network: Network) -> np.ndarray:
     """As the recognizer reads an utterance, float32 (n,) at 16 kHz with its edge silence."""
-    engine = open_graph(path, phones=True)
+    engine = open_graph(path, phones=True, joint=True)
     if isinstance(engine, OnnxOffline):
         return engine.log_probs([audio])[0]
     state, parts = engine.initial_state(), []

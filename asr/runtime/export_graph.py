@@ -40,7 +40,7 @@ class GraphBuilder:
     What asr.runtime.sherpa makes otherwise it overrides: how samples come in, where states are kept, what goes out.
     """
 
-    with_phones = True
+    tokens_alone = False
 
     def __init__(self, network: Network) -> None:
         self.network = network
@@ -55,6 +55,7 @@ class GraphBuilder:
         self.lengths = ""  # int32 (batch,): each row's frames, in whole utterances
         self.row_frames = ""  # int32 (batch,): each row's frames of a step, where they differ
         self.phones = ""  # log-probabilities (time, batch, phones), where the network writes them
+        self.joint = ""  # the encoder's share of a transducer's joint (time, batch, units), where it has one
         self.flush = ""  # 1 where a stream is over and its look-ahead is read out
 
     def build(self) -> onnx.ModelProto:
@@ -73,10 +74,15 @@ class GraphBuilder:
             self.lengths = self.op("Cast", self.op("Div", "lengths", stride, name="frames"), to=TensorProto.INT32)
             x = self.whole_frames("audio")
         self.add_layers(x, name="log_probs")
-        if self.phones:
-            self.op("Transpose", self.phones, perm=[1, 0, 2], name="phone_log_probs")
-            shape = ["batch", "frames_out", self.network.phone_count]
-            outputs.append(helper.make_tensor_value_info("phone_log_probs", TensorProto.FLOAT, shape))
+        behind = {
+            "phone_log_probs": (self.phones, self.network.phone_count),
+            "joint": (self.joint, self.network.joint_size),
+        }
+        for name, (written, columns) in behind.items():
+            if written:
+                self.op("Transpose", written, perm=[1, 0, 2], name=name)
+                shape = ["batch", "frames_out", columns]
+                outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
         if self.state_shapes:
             self.pack_states(self.state_shapes)
             self.state_shapes = [[sum(map(math.prod, self.state_shapes))]]
@@ -113,6 +119,7 @@ class GraphBuilder:
             "latency_frames": str(network.latency),
             "vocab_size": str(len(network.tokenizer)),
             "phone_count": str(network.phone_count if self.phones else 0),
+            "joint_size": str(network.joint_size if self.joint else 0),
             "state_shapes": json.dumps(self.state_shapes),
             "lstm_input_ranges": json.dumps({n: self.ranges[x] for n, x in lstms.items() if x in self.ranges}),
         }
@@ -339,8 +346,10 @@ class GraphBuilder:
 
     @add.register
     def _(self, layer: Output, x: str) -> str:
-        if layer.phones is not None and self.with_phones:
+        if layer.phones is not None and not self.tokens_alone:
             self.phones = self.op("LogSoftmax", self.linear(layer.phones, x), axis=-1)
+        if layer.joint is not None and not self.tokens_alone:
+            self.joint = self.linear(layer.joint, x)
         return self.op("LogSoftmax", self.linear(layer.linear, x), axis=-1)
 
     def linear(self, layer: nn.Linear, x: str) -> str:

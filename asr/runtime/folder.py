@@ -11,6 +11,7 @@ from asr.errors import ConfigError, ModelError
 
 FORMAT_VERSION = 1
 NETWORKS = ("offline", "streaming")
+PREDICTION_FILE = "prediction.npz"  # in the folder of a network with a transducer
 _GRAPHS = {"int8": "model.int8.onnx", "fp32": "model.onnx"}
 LM_FOLDER, LM_FILE, LM_WORDS, LM_LEXICON = "lm", "lm.arpa.gz", "words.txt.gz", "lexicon.txt.gz"
 _PRIORS = "priors.txt"  # of a network
@@ -122,6 +123,21 @@ def read_priors(network: Path) -> np.ndarray | None:
         return np.array(path.read_text(encoding="utf-8").split(), np.float32)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: not a list of numbers ({error}); the model is damaged") from error
+
+
+def find_prediction(network: Path) -> Path:
+    """The prediction network in the folder of a network with a transducer.
+
+    Raises:
+        ModelError: it has none; the message says how to train one.
+    """
+    if not (network / PREDICTION_FILE).is_file():
+        raise ModelError(
+            f"{network}: this network has no transducer; choose another decoding (greedy, beam), or train one on it: "
+            f"`asr train CONFIG --out RUN --set model.prediction=256 --set training.freeze_encoder=true "
+            f"--set init_from={network}`"
+        )
+    return network / PREDICTION_FILE
 
 
 def find_language_model(path: str | Path | None) -> tuple[Path, list[str]]:

@@ -18,13 +18,15 @@ _ROWS = 4  # of whole utterances that are computed together
 _GO_ON, _FLUSH = np.zeros(1, np.float32), np.ones(1, np.float32)
 
 
-def open_graph(path: Path, *, threads: int = 1, phones: bool = False) -> "OnnxOffline | OnnxStreaming":
+def open_graph(
+    path: Path, *, threads: int = 1, phones: bool = False, joint: bool = False
+) -> "OnnxOffline | OnnxStreaming":
     """Open an exported graph; its metadata says which kind it is.
 
     Args:
         path: the graph.
         threads: for the arithmetic of one call.
-        phones: whether log-probabilities of phones come behind those of the tokens, where it has them.
+        phones, joint: what comes behind the tokens, where it has them (asr.runtime.load_engine).
 
     Raises:
         ModelError: it is damaged, of another version, or was not exported by this program.
@@ -38,9 +40,10 @@ def open_graph(path: Path, *, threads: int = 1, phones: bool = False) -> "OnnxOf
         if int(metadata["sample_rate"]) != SAMPLE_RATE:
             raise ModelError(f"{path}: for {metadata['sample_rate']} Hz, this program reads {SAMPLE_RATE} Hz")
         kind = {"offline": OnnxOffline, "streaming": OnnxStreaming}[metadata["kind"]]
+        outputs = _Outputs(metadata, phones, joint)
         if kind is OnnxOffline:
-            return OnnxOffline(session, metadata, threads, phones)
-        return OnnxStreaming(session if threads == 1 else _open_session(path, threads), metadata, phones)
+            return OnnxOffline(session, metadata, threads, outputs)
+        return OnnxStreaming(session if threads == 1 else _open_session(path, threads), metadata, outputs)
     except (KeyError, ValueError) as error:
         raise ModelError(f"{path}: the graph's metadata is wrong ({error})") from error
 
@@ -59,6 +62,20 @@ def _open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
         raise ModelError(f"{path}: not a readable graph, the model may be half-written ({reason})") from error
 
 
+class _Outputs:
+    """Which of a graph's outputs are wanted: the tokens' log-probabilities, and what comes behind them."""
+
+    def __init__(self, metadata: dict[str, str], phones: bool, joint: bool) -> None:
+        has_joint = int(metadata.get("joint_size", 0))
+        self.phone_count = int(metadata.get("phone_count", 0)) if phones else 0
+        self.joint_size = has_joint if joint else 0
+        behind = {"phone_log_probs": self.phone_count, "joint": self.joint_size}
+        self.names = ["log_probs", *(name for name, columns in behind.items() if columns)]
+        self.options = onnxruntime.RunOptions()
+        # else what nobody asked for is computed as well; with little to leave out, finding out costs as much
+        self.options.only_execute_path_to_fetches = has_joint > self.joint_size
+
+
 class OnnxOffline:
     """A whole-utterance network (see asr.runtime.OfflineEngine).
 
@@ -67,17 +84,17 @@ class OnnxOffline:
     """
 
     def __init__(
-        self, session: onnxruntime.InferenceSession, metadata: dict[str, str], threads: int, phones: bool
+        self, session: onnxruntime.InferenceSession, metadata: dict[str, str], threads: int, outputs: _Outputs
     ) -> None:
         self._session = session
         self._pool = ThreadPoolExecutor(threads, "asr-offline") if threads > 1 else None
         self.samples_per_frame = int(metadata["samples_per_frame"])
         self.vocab_size = int(metadata["vocab_size"])
-        self.phone_count = int(metadata.get("phone_count", 0)) if phones else 0
-        self._outputs = ["frames", "log_probs", *(["phone_log_probs"] if self.phone_count else [])]
+        self.phone_count, self.joint_size = outputs.phone_count, outputs.joint_size
+        self._outputs, self._options = ["frames", *outputs.names], outputs.options
 
     def log_probs(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Float32 (samples,) each -> float32 (samples // samples_per_frame, vocab_size + phone_count) each."""
+        """Float32 (samples,) each -> float32 (samples // samples_per_frame, columns) each."""
         order = sorted(range(len(batch)), key=lambda i: len(batch[i]))
         groups = [order[start : start + _ROWS] for start in range(0, len(order), _ROWS)]
         run = map if self._pool is None else self._pool.map
@@ -90,35 +107,36 @@ class OnnxOffline:
         audio = np.zeros((len(group), lengths.max()), np.float32)
         for row, samples in zip(audio, group, strict=True):
             row[: len(samples)] = samples
-        frames, *values = self._session.run(self._outputs, {"audio": audio, "lengths": lengths})
+        frames, *values = self._session.run(self._outputs, {"audio": audio, "lengths": lengths}, self._options)
         return [row[:n] for row, n in zip(side_by_side(values), np.asarray(frames), strict=True)]
 
 
 class OnnxStreaming:
     """A network that reads streams (see asr.runtime.StreamingEngine)."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, metadata: dict[str, str], phones: bool) -> None:
+    def __init__(self, session: onnxruntime.InferenceSession, metadata: dict[str, str], outputs: _Outputs) -> None:
         self._session = session
         self.samples_per_frame = int(metadata["samples_per_frame"])
         self.latency_frames = int(metadata["latency_frames"])
         self.vocab_size = int(metadata["vocab_size"])
-        self.phone_count = int(metadata.get("phone_count", 0)) if phones else 0
+        self.phone_count, self.joint_size = outputs.phone_count, outputs.joint_size
         self._shapes = [tuple(shape) for shape in json.loads(metadata["state_shapes"])]
         states = [f"new_state_{i}" for i in range(len(self._shapes))]
-        self._outputs = [*states, "log_probs", *(["phone_log_probs"] if self.phone_count else [])]
+        self._outputs, self._options = [*states, *outputs.names], outputs.options
 
     def initial_state(self, batch: int = 1) -> State:
         """Zeros."""
         return tuple(np.zeros((batch, *shape), np.float32) for shape in self._shapes)
 
     def step(self, audio: np.ndarray, state: State, flush: bool = False) -> tuple[np.ndarray, State]:
-        """Read (batch, samples) -> log-probabilities (batch, frames, vocab_size + phone_count), new state."""
+        """Read (batch, samples) -> (batch, frames, columns), new state."""
         inputs = {f"state_{i}": part for i, part in enumerate(state)}
-        results = self._session.run(self._outputs, {"audio": audio, "flush": _FLUSH if flush else _GO_ON, **inputs})
+        inputs |= {"audio": audio, "flush": _FLUSH if flush else _GO_ON}
+        results = self._session.run(self._outputs, inputs, self._options)
         states = len(self._shapes)
         return side_by_side(results[states:]), tuple(np.asarray(part) for part in results[:states])
 
 
 def side_by_side(outputs: Sequence[Any]) -> np.ndarray:
-    """Log-probabilities of tokens, and of phones where there are some, (batch, frames, both)."""
+    """What is written for tokens, and for what else was asked for, (batch, frames, columns)."""
     return np.asarray(outputs[0]) if len(outputs) == 1 else np.concatenate(outputs, axis=-1)

@@ -33,7 +33,7 @@ class Step(NamedTuple):
 
 
 class Written(NamedTuple):
-    """The answer to a step: log-probabilities (frames, tokens + phones), each frame's best token, the new state."""
+    """The answer to a step: what the network wrote (frames, columns), each frame's best token, the new state."""
 
     log_probs: np.ndarray
     best: Best
@@ -85,6 +85,7 @@ class StreamReader:
         self._seen = visible.tolist()
         self._blank = np.full(engine.vocab_size + engine.phone_count, -100.0, np.float32)  # log-probabilities
         self._blank[[0, engine.vocab_size] if engine.phone_count else 0] = 0.0
+        self._blank = np.append(self._blank, np.full(engine.joint_size, np.nan, np.float32))  # nothing to join
         self._state = engine.initial_state()
         self._void = engine.latency_frames  # output frames still to be dropped
         self._lost = 0  # output frames still to be taken for blanks

@@ -52,7 +52,7 @@ def sherpa_tokens(tokenizer: Tokenizer) -> str:
 class _StreamingGraph(GraphBuilder):
     """Inputs: samples int32 (batch, 2400, 1), one state float16 (batch, n). Outputs: log-probabilities, next state."""
 
-    with_phones = False  # its loaders know of none
+    tokens_alone = True  # its loaders know of no other outputs
 
     def __init__(self, network: Network) -> None:
         super().__init__(network)

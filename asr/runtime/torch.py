@@ -12,10 +12,12 @@ from asr.models import Network, load_network
 from asr.runtime import State
 
 
-def open_network(network_dir: Path, *, threads: int = 1, phones: bool = False) -> "TorchOffline | TorchStreaming":
+def open_network(
+    network_dir: Path, *, threads: int = 1, phones: bool = False, joint: bool = False
+) -> "TorchOffline | TorchStreaming":
     """Load a network from its weights; `threads` holds for all of torch in this process.
 
-    With `phones`, log-probabilities of phones come behind those of the tokens, where it has them.
+    With `phones` and `joint`, what asr.runtime.load_engine says comes behind the tokens, where it has them.
 
     Raises:
         ModelError: a file is missing, damaged or does not fit.
@@ -29,20 +31,21 @@ def open_network(network_dir: Path, *, threads: int = 1, phones: bool = False) -
         raise ModelError(f"{error}; the model is damaged") from error
     network.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
     kind = TorchOffline if network.config.model.kind == "offline" else TorchStreaming
-    return kind(network, phones)
+    return kind(network, phones, joint)
 
 
 class TorchOffline:
     """A whole-utterance network (see asr.runtime.OfflineEngine)."""
 
-    def __init__(self, network: Network, phones: bool) -> None:
+    def __init__(self, network: Network, phones: bool, joint: bool) -> None:
         self._network = network
         self.samples_per_frame = network.stride
         self.vocab_size = len(network.tokenizer)
         self.phone_count = network.phone_count if phones else 0
+        self.joint_size = network.joint_size if joint else 0
 
     def log_probs(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Float32 (samples,) each -> float32 (samples // samples_per_frame, vocab_size + phone_count) each."""
+        """Float32 (samples,) each -> float32 (samples // samples_per_frame, columns) each."""
         if not batch:
             return []
         device = _device(self._network)
@@ -51,35 +54,35 @@ class TorchOffline:
         audio = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         with torch.inference_mode():
             values, frames = self._network(audio.to(device), lengths.to(device))
-        values = values[..., : self.vocab_size + self.phone_count]
+        values = _chosen(values, self)
         return [row[:n] for row, n in zip(values.float().cpu().numpy(), frames.tolist(), strict=True)]
 
 
 class TorchStreaming:
     """A network that reads streams (see asr.runtime.StreamingEngine)."""
 
-    def __init__(self, network: Network, phones: bool) -> None:
+    def __init__(self, network: Network, phones: bool, joint: bool) -> None:
         self._network = network
         self.samples_per_frame = network.stride
         self.latency_frames = network.latency
         self.vocab_size = len(network.tokenizer)
         self.phone_count = network.phone_count if phones else 0
+        self.joint_size = network.joint_size if joint else 0
 
     def initial_state(self, batch: int = 1) -> State:
         """Zeros."""
         return tuple(part.cpu().numpy() for part in self._network.initial_state(batch))
 
     def step(self, audio: np.ndarray, state: State, flush: bool = False) -> tuple[np.ndarray, State]:
-        """Read (batch, samples) -> log-probabilities (batch, frames, vocab_size + phone_count), new state."""
+        """Read (batch, samples) -> (batch, frames, columns), new state."""
         device = _device(self._network)
         parts = tuple(torch.from_numpy(part).to(device) for part in state)
         with torch.inference_mode():
             if flush:
-                log_probs, _ = self._network.finish(parts)
+                values, _ = self._network.finish(parts)
             else:
-                log_probs, parts = self._network.step(torch.from_numpy(audio).to(device), parts)
-        log_probs = log_probs[..., : self.vocab_size + self.phone_count]
-        values = _lagging(log_probs, audio.shape[1] // self.samples_per_frame)
+                values, parts = self._network.step(torch.from_numpy(audio).to(device), parts)
+        values = _lagging(_chosen(values, self), audio.shape[1] // self.samples_per_frame)
         return values.float().cpu().numpy(), tuple(part.cpu().numpy() for part in parts)
 
 
@@ -87,6 +90,12 @@ def _device(network: Network) -> torch.device:
     return next(network.parameters()).device
 
 
-def _lagging(log_probs: Tensor, frames: int) -> Tensor:
+def _chosen(values: Tensor, engine: TorchOffline | TorchStreaming) -> Tensor:
+    """Those columns of what the network writes, (batch, time, all), that the engine gives."""
+    chosen = values[..., : engine.vocab_size + engine.phone_count]
+    return torch.cat([chosen, values[..., -engine.joint_size :]], dim=-1) if engine.joint_size else chosen
+
+
+def _lagging(values: Tensor, frames: int) -> Tensor:
     """Put the frames that the look-ahead holds back at a stream's start in front as void ones."""
-    return torch.nn.functional.pad(log_probs, (0, 0, frames - log_probs.shape[1], 0))
+    return torch.nn.functional.pad(values, (0, 0, frames - values.shape[1], 0))

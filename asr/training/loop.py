@@ -12,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from asr.augment import SAMPLE_RATE
 from asr.config import NetworkConfig, TrainConfig
+from asr.decoding.greedy import GreedyDecoder
+from asr.decoding.transducer import TransducerSearch
 from asr.errors import AsrError
 from asr.models import FORMAT_VERSION, Network, load_network
 from asr.nn.layer import valid
@@ -22,7 +24,7 @@ from asr.training.optimizer import Optimizer
 from asr.training.ranks import Ranks, Stragglers
 from asr.training.record import Record
 from asr.training.start import check_inputs, take_weights
-from asr.training.step import Losses, choose_precision, ctc, features_of, learning_rate
+from asr.training.step import Losses, choose_precision, ctc, features_of, learning_rate, rnnt
 
 _BAD_STEPS_IN_A_ROW = 20
 _PRIOR_MINUTES = 10.0  # of speech, over which the outputs' mean probabilities are measured
@@ -82,9 +84,12 @@ class Trainer:
         self.loader = Loader(self.corpus, config, hop, rank=rank, world=world)
         self.dev_loader = Loader(self.dev, config, hop, augment=False) if self.dev else None
         precision = choose_precision(config.training.precision, self.device)
-        losses = Losses(self.network, config.training.phone_weight, config.training.alignment_weight, precision)
-        self.losses = DistributedDataParallel(losses) if world > 1 else losses
         training = config.training
+        losses = Losses(
+            self.network, training.phone_weight, training.alignment_weight, precision, training.transducer_weight,
+            training.freeze_encoder,
+        )  # fmt: skip
+        self.losses = DistributedDataParallel(losses) if world > 1 else losses
         self.optimizer = Optimizer(
             self.network, training.learning_rate, training.weight_decay, muon=training.optimizer == "muon"
         )
@@ -112,12 +117,12 @@ class Trainer:
         mean = torch.tensor(statistics.mean, dtype=torch.float32)
         variance = torch.tensor(statistics.variance, dtype=torch.float32)
         settings = NetworkConfig(format_version=FORMAT_VERSION, features=config.features, model=config.model)
-        model = config.model
-        wanted = (model.phone_layer or model.phone_output) and config.training.phone_weight
+        model, training = config.model, config.training
+        wanted = (model.phone_layer or model.phone_output) and (training.phone_weight or training.freeze_encoder)
         phones = self.corpus.phones if wanted else ()
         with torch.random.fork_rng():
-            torch.manual_seed(config.training.seed)  # the same first weights on every rank
-            states = self.corpus.state_count if config.training.alignment_weight else 0
+            torch.manual_seed(training.seed)  # the same first weights on every rank
+            states = self.corpus.state_count if training.alignment_weight and not training.freeze_encoder else 0
             network = Network(settings, self.corpus.tokenizer, mean, variance, phones, states)
         if start is not None:
             take_weights(network, start)
@@ -271,19 +276,31 @@ class Trainer:
 
     @torch.no_grad()
     def _score(self) -> dict[str, float]:
-        """Greedy character and word error rates and loss a token on the tuning data, each rank reading its share."""
+        """Greedy character and word error rates and loss a token on the tuning data, each rank reading its share.
+
+        A network with a transducer is scored by what that writes.
+        """
         if self.dev is None or self.dev_loader is None:
             return {}
         self.network.eval()
+        transducer = self.network.transducer
+        search = None if transducer is None else TransducerSearch(transducer.arrays())
         loss = tokens = characters = character_errors = words = word_errors = 0.0
         plans = tuning_plan(self.dev, self.config.data.dev_minutes, self.config.training.batch_seconds)
         for plan in plans[self.ranks.rank :: self.ranks.world]:
             batch = self.dev_loader.batch(plan, 0).to(self.device)
-            log_probs, frames, _ = self.network.read_features(*features_of(self.network, batch))
-            loss += float(ctc(log_probs, frames, batch.tokens, batch.token_lengths, batch.counts))
+            log_probs, frames, auxiliary = self.network.read_features(*features_of(self.network, batch))
+            wanted = batch.tokens, batch.token_lengths, batch.counts
+            if transducer is None:
+                loss += float(ctc(log_probs, frames, *wanted))
+            else:
+                loss += float(rnnt(transducer, auxiliary["joint"], frames, *wanted))
             tokens += batch.token_count
-            for row, best, n in zip(plan.rows, log_probs.argmax(-1).cpu(), frames.cpu(), strict=True):
-                ids = torch.unique_consecutive(best[: int(n)]).tolist()
+            read = (log_probs if search is None else auxiliary["joint"]).float().cpu().numpy()
+            for row, columns, n in zip(plan.rows, read, frames.tolist(), strict=True):
+                decoder = GreedyDecoder() if search is None else search()
+                decoder.accept(columns[:n])
+                ids = [span.token for span in decoder.tokens()]
                 hypothesis = " ".join(self.dev.tokenizer.decode(ids).split())
                 reference = self.dev.text(row)
                 characters += len(reference)

@@ -15,6 +15,7 @@ from asr.training.shards import ShardDataset
 
 # of [training]: what may change when a run goes on, as it changes nothing of what is learnt
 _FREE = {"threads": 1, "checkpoint_steps": 1, "average": 1, "patience": 0, "hang_seconds": 600.0}
+_OF_TRANSDUCER = ("prediction", "dropout")  # of [model], what may differ where the encoder stays as it is
 
 
 def check_inputs(config: TrainConfig, run: Path) -> None:
@@ -53,7 +54,15 @@ def check_inputs(config: TrainConfig, run: Path) -> None:
             advice = f"did you mean {near[0]}?" if near else f"the sources are {', '.join(sorted(sources))}"
             raise ConfigError(f"data.weights.{name}: no utterance of data.train comes from {name}; {advice}")
     if config.init_from:
-        load_network(config.init_from)
+        start = load_network(config.init_from)
+        wanted = dataclasses.replace(
+            start.config.model, **{name: getattr(config.model, name) for name in _OF_TRANSDUCER}
+        )
+        if config.training.freeze_encoder and config.model != wanted:
+            raise ConfigError(
+                f"training.freeze_encoder: the network of init_from has another [model] than the configuration; only "
+                f"{' and '.join(_OF_TRANSDUCER)} may differ, as nothing else is trained"
+            )
     if checkpoints(run / "checkpoints"):
         _check_unchanged(config, run)
 
@@ -100,6 +109,8 @@ def _folders(config: TrainConfig) -> list[str]:
 def take_weights(network: Network, start: Network) -> None:
     """Copy the weights of `start` into `network`, except outputs for other tokens or phones, which stay new.
 
+    So does a transducer that `start` does not have, or has with other units.
+
     A network may have more recurrent layers than `start`: those on top, and the output, stay new (Zeyer et al. 2017,
     https://arxiv.org/abs/1606.06871, train deep stacks so).
 
@@ -117,6 +128,8 @@ def take_weights(network: Network, start: Network) -> None:
         new.append("phone_output.")
     if network.phones != start.phones or not start.config.model.phone_output:
         new.append(f"layers.{len(network.layers) - 1}.phones.")
+    if network.joint_size != start.joint_size or network.tokenizer.tokens != start.tokenizer.tokens:
+        new += ["transducer.", f"layers.{len(network.layers) - 1}.joint."]
     own, theirs = network.state_dict(), start.state_dict()
     wanted = {name: _shifted(name, network, deeper) for name in own if not name.startswith(tuple(new))}
     unfit = [name for name, old in wanted.items() if old not in theirs or theirs[old].shape != own[name].shape]

@@ -1,12 +1,17 @@
-"""The training step: augmented features through the network, CTC on tokens and phones, phone states frame by frame."""
+"""The training step: augmented features through the network, CTC on tokens and phones, phone states frame by frame.
+
+And the loss of the transducer, where the network has one.
+"""
 
 import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchaudio.functional import rnnt_loss
 
 from asr.models import Network
+from asr.nn.transducer import Transducer
 from asr.training.data import UNKNOWN, Batch
 
 
@@ -20,15 +25,37 @@ class Losses(nn.Module):
         phone_weight: of the phone CTC beside the tokens' one.
         alignment_weight: of the cross-entropy on aligned phone states, a mean over frames.
         precision: "fp32" or "bf16" (autocast; the losses are always float32).
+        transducer_weight: of the transducer's loss on tokens beside the CTC.
+        freeze_encoder: the transducer's loss is the only one, and all that is not of the transducer stays as it is.
     """
 
-    def __init__(self, network: Network, phone_weight: float, alignment_weight: float, precision: str) -> None:
+    def __init__(
+        self,
+        network: Network,
+        phone_weight: float,
+        alignment_weight: float,
+        precision: str,
+        transducer_weight: float = 0.0,
+        freeze_encoder: bool = False,
+    ) -> None:
         super().__init__()
         self.network = network
         self.phone_weight, self.alignment_weight, self.precision = phone_weight, alignment_weight, precision
+        self.transducer_weight, self.freeze_encoder = transducer_weight, freeze_encoder
+        if freeze_encoder:
+            trained = ("transducer.", f"layers.{len(network.layers) - 1}.joint.")
+            for name, parameter in network.named_parameters():
+                parameter.requires_grad_(name.startswith(trained))
+
+    def train(self, mode: bool = True) -> "Losses":
+        """As of every module; frozen layers read as they do in use: no dropout, batch statistics as they are."""
+        super().train(mode)
+        if self.freeze_encoder:
+            self.network.layers.eval()
+        return self
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss to minimise, and the token loss alone (detached)."""
+        """The loss to minimise, and the token loss alone (detached): CTC's, of a frozen encoder the transducer's."""
         network = self.network
         with torch.no_grad():
             features, frames = features_of(network, batch)
@@ -36,8 +63,16 @@ class Losses(nn.Module):
             features = features.masked_fill(hidden, 0.0)  # 0 is the mean
         with torch.autocast(features.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             log_probs, frames, auxiliary = network.read_features(features, frames)
+        total = torch.zeros((), device=features.device)
+        if network.transducer is not None and self.transducer_weight:
+            loss = rnnt(
+                network.transducer, auxiliary["joint"], frames, batch.tokens, batch.token_lengths, batch.counts
+            ) / max(batch.token_count, 1)
+            total = self.transducer_weight * loss
+            if self.freeze_encoder:
+                return total, loss.detach()
         loss = ctc(log_probs, frames, batch.tokens, batch.token_lengths, batch.counts) / max(batch.token_count, 1)
-        total = loss
+        total = total + loss
         for name in ("phones", "final phones"):
             if name in auxiliary and self.phone_weight:
                 phone_loss = ctc(auxiliary[name], frames, batch.phones, batch.phone_lengths, batch.phone_lengths > 0)
@@ -62,6 +97,29 @@ def ctc(log_probs: Tensor, frames: Tensor, targets: Tensor, target_lengths: Tens
         log_probs.float().transpose(0, 1), targets, frames, target_lengths, reduction="none", zero_infinity=True
     )
     return torch.where(counts, losses, 0.0).sum()
+
+
+def rnnt(
+    transducer: Transducer, encoder: Tensor, frames: Tensor, targets: Tensor, target_lengths: Tensor, counts: Tensor
+) -> Tensor:
+    """Summed transducer loss (Graves 2012) of the rows that count: encoder (batch, time, units) -> scalar.
+
+    Row by row: the joint has a value for each frame, each number of tokens and each unit, and padding would double it.
+    """
+    losses = []
+    predicted = transducer.predict(targets)
+    for share, prediction, row, t, u in zip(
+        encoder, predicted, targets, frames.tolist(), target_lengths.tolist(), strict=True
+    ):
+        t = max(t, 1)  # of a row that does not count
+        log_probs = transducer(share[:t, None].float(), prediction[: u + 1].float())  # (t, u + 1, tokens)
+        following = F.pad(row[:u], (0, 1)).expand(t, -1)[..., None]
+        # The loss is a function of the blank and the token that follows: of those two rnnt_loss is ten times as fast.
+        two = torch.stack([log_probs[..., 0], log_probs.gather(-1, following)[..., 0]], dim=-1)
+        ones = torch.ones(1, u, dtype=torch.int32, device=two.device)
+        lengths = [torch.tensor([n], dtype=torch.int32, device=two.device) for n in (t, u)]
+        losses.append(rnnt_loss(two[None], ones, *lengths, blank=0, reduction="sum", fused_log_softmax=False))
+    return torch.where(counts, torch.stack(losses), 0.0).sum()
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:

@@ -28,7 +28,7 @@ INSIDE = "Inside the LSTM"
 MANIFESTS = "NeMo JSON Lines, CSV, a Kaldi folder, Lhotse cuts, or a folder of recordings with texts."
 Engine = Literal["onnx", "torch"]
 Precision = Literal["fp32", "int8"]
-Decoding = Literal["greedy", "beam"]
+Decoding = Literal["greedy", "beam", "transducer"]
 Format = Literal["txt", "json", "srt", "vtt", "ctm"]  # pipelines.formats.FORMATS
 
 # The options of every command that recognizes.
@@ -43,7 +43,10 @@ StreamingOption = Annotated[
 ]
 DecodingOption = Annotated[
     Decoding,
-    typer.Option(help="greedy, or beam: with the language model of the model folder.", rich_help_panel=HOW),
+    typer.Option(
+        help="greedy, or beam: with the language model of the model folder; or transducer, by a network that has one.",
+        rich_help_panel=HOW,
+    ),
 ]
 BEAM = "How to search with --decoding beam"
 BeamOption = Annotated[

@@ -168,7 +168,7 @@ def main(
     audio: Annotated[list[Path], typer.Argument(help="Recordings of speech.")],
     sessions: Annotated[int, typer.Option(min=1, help="Live at a time.")] = 200,
     seconds: Annotated[float, typer.Option(min=1, help="To measure.")] = 60.0,
-    decoding: Annotated[str, typer.Option(help="greedy or beam.")] = "greedy",
+    decoding: Annotated[str, typer.Option(help="greedy, beam or transducer.")] = "greedy",
 ) -> None:
     """Measure `asr serve` under real-time sessions; the figures go to stdout as JSON."""
     try:
