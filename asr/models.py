@@ -183,7 +183,7 @@ def save_network(network: Network, folder: str | Path, *, dtype: torch.dtype = t
     (temporary / "weights.safetensors").chmod(0o644)  # safetensors makes it private
     if network.transducer is not None:
         kind = np.float16 if dtype == torch.float16 else np.float32
-        arrays = {name: value.astype(kind) for name, value in network.transducer.arrays().items()}
+        arrays: dict[str, Any] = {k: value.astype(kind) for k, value in network.transducer.arrays().items()}
         np.savez(temporary / PREDICTION_FILE, **arrays)
     replace_folder(temporary, folder)
 
