@@ -318,9 +318,12 @@ def test_the_shipped_network_is_tuned_to_new_tokens(tmp_path: Path) -> None:
     assert "ö" in network.tokenizer.tokens
     before, after = shipped.state_dict(), network.state_dict()
     kept = {name for name, value in after.items() if name in before and torch.equal(value, before[name])}
-    assert {name.rpartition(".")[0] for name in after.keys() - kept} == {
-        f"layers.{len(network.layers) - 1}.linear", f"layers.{len(network.layers) - 1}.phones", "phone_output.linear",
+    output, joint = f"layers.{len(network.layers) - 1}", {"output", "project", "lstm.lstm", "lstm.norm"}
+    assert {name.rpartition(".")[0] for name in after.keys() - kept} <= {
+        f"{output}.linear", f"{output}.phones", f"{output}.joint", "phone_output.linear",
+        *(f"transducer.{part}" for part in joint),
     }  # fmt: skip
+    assert not kept & {f"{output}.linear.weight", f"{output}.phones.weight", "phone_output.linear.weight"}
     assert load_network(run_training(config, tmp_path / "run")).tokenizer.tokens == network.tokenizer.tokens
     with pytest.raises(ConfigError, match="new_tokens"):
         dataclasses.replace(config, init_from="")
