@@ -146,14 +146,11 @@ def generate(
         yield model.words[int(said)]
 
 
-def save(model: NextWord, folder: Path, about: dict[str, Any], *, small: bool = False) -> None:
-    """Write a model into a folder that is there, with what is to be told about it (anything that JSON holds).
-
-    `small`: in a quarter of the size, its matrices as int8.
-    """
+def save(model: NextWord, folder: Path, about: dict[str, Any]) -> None:
+    """Write a model into a folder that is there, with what is to be told about it (anything that JSON holds)."""
     weights = {name: value.detach().cpu().numpy() for name, value in model.state_dict().items()}
     shape = {"kind": model.kind, "size": model.size, "dropout": model.dropout_rate}
-    write_model(folder, weights, model.words[END_ID + 1 :], {**about, **shape}, small=small)
+    write_model(folder, weights, model.words[END_ID + 1 :], {**about, **shape})
 
 
 def load(folder: Path) -> tuple[NextWord, dict[str, Any]]:
@@ -170,12 +167,3 @@ def load(folder: Path) -> tuple[NextWord, dict[str, Any]]:
     except Exception as error:
         raise ModelError(f"{folder}: the model is damaged ({str(error).splitlines()[0]}); train it again") from error
     return model.eval(), about
-
-
-def make_small(folder: Path) -> None:
-    """Write the model in a folder anew with its matrices as int8, without what training needs to go on."""
-    model, about = load(folder)
-    for path in folder.iterdir():
-        if path.name.startswith("training"):
-            path.unlink()
-    save(model, folder, about, small=True)

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from asr.decoding.next_word import END_ID, UNKNOWN_ID, TextScorer
+from asr.decoding.next_word import END_ID, UNKNOWN_ID, TextScorer, make_small
 from asr.decoding.ngram import END, UNKNOWN, estimate
 from asr.decoding.ngram import perplexity as ngram_perplexity
 from asr.errors import ConfigError, ModelError, TextError
-from asr.next_word import NextWord, generate, load, make_small, perplexity, save
+from asr.next_word import NextWord, generate, load, perplexity, save
 from asr.nn import CELLS
 from asr.runtime.folder import NEXT_WORD_FOLDER
 from asr.training.next_word import NextWordTraining, train_next_word

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from asr.decoding.lstm import lstm_step
 from asr.errors import ModelError
 from asr.files import write_atomically
 
@@ -73,6 +74,14 @@ def read_model(folder: Path) -> tuple[dict[str, np.ndarray], list[str], dict[str
     return {name: weight.astype(np.float32, copy=False) for name, weight in weights.items()}, words, about
 
 
+def make_small(folder: Path) -> None:
+    """Write the model in a folder anew with its matrices as int8, without what training needs to go on."""
+    weights, words, about = read_model(folder)
+    for path in folder.glob("training*"):
+        path.unlink()
+    write_model(folder, weights, words, about, small=True)
+
+
 class TextScorer:
     """The probability of whole texts, each read from its start with an empty memory.
 
@@ -113,7 +122,7 @@ class TextScorer:
         h = c = np.zeros((1, len(self._u)), np.float32)
         read = np.array([END_ID])
         for depth, wanted in enumerate(words.T):
-            h, c = self._step(read, h, c)
+            h, c = lstm_step(self._embedding[read] @ self._w + h @ self._u + self._b, c)
             scores = (h @ self._narrow) @ self._embedding.T + self._bias
             highest = scores.max(axis=1, keepdims=True)
             norms = highest[:, 0] + np.log(np.exp(scores - highest).sum(axis=1))
@@ -124,13 +133,3 @@ class TextScorer:
             (before, read), at = differing, at.reshape(-1)
             h, c = h[before], c[before]
         return totals
-
-    def _step(self, read: np.ndarray, h: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The LSTM (asr.nn.cells.LSTMCell): words (n,) and the state (n, size) each -> the new state."""
-        i, f, candidate, o = np.split(self._embedding[read] @ self._w + h @ self._u + self._b, 4, axis=1)
-        c = _sigmoid(f) * c + _sigmoid(i) * np.tanh(candidate)
-        return _sigmoid(o) * np.tanh(c), c
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 0.5 * np.tanh(0.5 * x) + 0.5

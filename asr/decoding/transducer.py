@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from asr.decoding import Best, Hypothesis, TokenSpan
+from asr.decoding.lstm import lstm_step
 from asr.errors import ModelError
 
 _BLANK = 0
@@ -57,10 +58,7 @@ class TransducerSearch:
     def write(self, token: int, memory: Memory) -> tuple[np.ndarray, Memory]:
         """Its share of the joint after one token more, (units,), and its memory then."""
         h, c = memory
-        gates = self._tokens[token] + h @ self._memory
-        i, f, candidate, o = gates.reshape(4, -1)
-        c = _sigmoid(f) * c + _sigmoid(i) * np.tanh(candidate)
-        h = _sigmoid(o) * np.tanh(c)
+        h, c = lstm_step(self._tokens[token] + h @ self._memory, c)
         centred = h - h.mean()
         normalised = centred / np.sqrt((centred * centred).mean() + _EPSILON)
         return normalised @ self._project + self._project_bias, (h, c)
@@ -123,7 +121,3 @@ class TransducerDecoder:
         other = TransducerDecoder(self._search)
         other.__dict__.update(self.__dict__ | {"written": self.written.copy()})
         return other
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 0.5 * np.tanh(0.5 * x) + 0.5  # does not overflow

@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 import torch
 
-from asr import next_word
 from asr.audio import EDGE_SILENCE_SECONDS, SAMPLE_RATE
+from asr.decoding.next_word import make_small
 from asr.errors import ModelError
 from asr.files import replace_folder, write_atomically
 from asr.models import Network, load_network, save_network
@@ -233,7 +233,7 @@ def _write_model(
     for name, folder in language_models.items():
         shutil.copytree(folder, temporary / name)
     if small and NEXT_WORD_FOLDER in language_models:
-        next_word.make_small(temporary / NEXT_WORD_FOLDER)
+        make_small(temporary / NEXT_WORD_FOLDER)
     write_atomically(temporary / "card.json", card)
     replace_folder(temporary, out)
     return out

@@ -324,7 +324,8 @@ class Trainer:
         for plan in tuning_plan(self.corpus, _PRIOR_MINUTES, self.config.training.batch_seconds):
             batch = loader.batch(plan, 0).to(self.device)
             log_probs, frames, auxiliary = self.network.read_features(*features_of(self.network, batch))
-            outputs = torch.cat([log_probs, *(auxiliary[name] for name in ("final phones",) if name in auxiliary)], -1)
+            phones = auxiliary.get("final phones", log_probs[..., :0])
+            outputs = torch.cat([log_probs, phones], dim=-1)
             spoken = valid(frames, outputs.shape[1])
             total = total + outputs[spoken].exp().sum(0).cpu()
             count += int(frames.sum())
