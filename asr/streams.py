@@ -27,6 +27,8 @@ _T = TypeVar("_T")
 # block costs more than the block.
 _PAUSE = 0.001
 _SWITCH_SECONDS = 0.0005  # between two threads of Python
+# Full steps are handed out before a thread is free: it would stand still until Python's turn comes round to it.
+_AHEAD = 2  # a thread, the one that it computes included
 
 
 @contextlib.contextmanager
@@ -198,7 +200,10 @@ class Streams:
 
     def _compute(self) -> float | None:
         """Start steps as far as threads are free; return how long, in seconds, the rest may wait for company."""
-        while len(self._ready) and self._groups < self._threads:
+        while len(self._ready):
+            full = len(self._ready) >= self._rows
+            if self._groups >= self._threads * (_AHEAD if full else 1):
+                return None
             if len(self._ready) < min(self._rows, len(self._streams) - self._flying):  # others may come
                 left = self._ready.since + self._patience - monotonic()
                 if left > 0:

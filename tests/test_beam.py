@@ -328,7 +328,7 @@ def test_what_the_letters_spell_badly_the_phones_tell(tmp_path: Path) -> None:
 
 
 def test_letters_part_what_sounds_alike(tmp_path: Path) -> None:
-    search = phone_search(tmp_path)
+    search = phone_search(tmp_path, phone_share=0.5)
     for word in ("to", "two"):
         decoder = search()
         decoder.accept(both(f"{word}_ bee__"[:8], "T UW _ _ B IY _ _"))

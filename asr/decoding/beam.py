@@ -27,9 +27,11 @@ _COMMON_WORDS = 1000  # on the way to their end, hot words count as no more like
 _COMMIT_FRAMES = 1500
 _LOOKBACK_FRAMES = 250
 # The search by phones takes the language model's weight times this, and adds that to a word's score: there are fewer
-# phones than letters. And candidates are weighed by all their alignments, where a search follows the best one.
-_BY_PHONES, _WEIGHED = (0.87, -0.5), 1.0
-_SHARPNESS = 0.1  # of the probabilities that scores stand for: as they are, the best text would be all but certain
+# phones than letters. And candidates are weighed by all their alignments, where a search follows the best one: the
+# language models get more weight there.
+_BY_PHONES, _WEIGHED = (0.87, -0.5), (1.25, 1.0)
+_SHARPNESS = 0.3  # of the probabilities that scores stand for: as they are, the best text would be all but certain
+_HEARD = 0.1  # exponent of the tokens' probabilities in a word's confidence: many right words were hardly heard
 _CANDIDATES = 50  # of each search, that are weighed by tokens and phones
 # A word without a pronunciation: any phones will do, so many for a letter, each a little worse than the likeliest one.
 _PHONES_PER_LETTER, _ANY_PHONE = 0.85, -1.0
@@ -38,7 +40,7 @@ _WAYS = 4  # of a text's pronunciations, that are tried
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BeamConfig:
-    """How to search; the weights were tuned on 172 to 188 utterances of three dev sets, at 28 % CER (docs/trials.md).
+    """How to search; the weights were tuned on 172 to 240 utterances of three dev sets, at 28 % CER (docs/trials.md).
 
     Attributes:
         beam: hypotheses that are kept at each frame.
@@ -55,9 +57,9 @@ class BeamConfig:
     beam: int = 250
     lm_weight: float = 2.25
     word_score: float = 0.5
-    phone_share: float = 0.7
+    phone_share: float = 0.8
     prior_weight: float = 0.5
-    network_share: float = 0.7
+    network_share: float = 0.6
     nbest: int = 1
     hot_words: Mapping[str, float] = field(default_factory=dict)
 
@@ -201,7 +203,7 @@ class BeamSearch:
             share = config.phone_share
             heard = (1 - share) * heard + share * self._by_phones(log_probs[:, self.vocab_size :], texts)
         said = self._language(texts, scorer)
-        total = heard + config.lm_weight * said + (config.word_score + _WEIGHED) * lengths
+        total = heard + config.lm_weight * _WEIGHED[0] * said + (config.word_score + _WEIGHED[1]) * lengths
         return dict(zip(texts, total.tolist(), strict=True))
 
     def _by_phones(self, phones: np.ndarray, texts: Sequence[tuple[int, ...]]) -> np.ndarray:
@@ -215,14 +217,16 @@ class BeamSearch:
 
     def _language(self, texts: Sequence[tuple[int, ...]], scorer: Any) -> np.ndarray:
         """The base-10 log-probability of texts: of n-grams with hot words, and of the next-word model."""
-        ngrams = np.array([score(scorer, words) for words in texts])
+        ngrams = np.array([score(self._lm, words) for words in texts])
+        hot = 0.0
+        if scorer is not self._lm:  # what hot words add does not grow with the weight that candidates get
+            hot = (np.array([score(scorer, words) for words in texts]) - ngrams) / _WEIGHED[0]
         if not self._next_word:
-            return ngrams
-        plain = ngrams if scorer is self._lm else np.array([score(self._lm, words) for words in texts])
+            return ngrams + hot
         numbers = [[self._numbers[word] for word in words] for words in texts]
         unknown = np.array([self._shares[list(words)].sum() for words in texts])
         network = self._next_word.log_probs(numbers) / math.log(10) + unknown
-        return ngrams + self.config.network_share * (network - plain)
+        return ngrams + self.config.network_share * (network - ngrams) + hot
 
     def spelling(self, words: Sequence[int]) -> list[int]:
         """The tokens of a text, with spaces between its words."""
@@ -303,7 +307,8 @@ class BeamDecoder:
         return other
 
     def _aligned(self, log_probs: np.ndarray, words: Sequence[int], shares: Sequence[float]) -> list[TokenSpan]:
-        """Where the tokens of a text lie; a word is as sure as its tokens, times the share of texts that have it."""
+        """Where the tokens of a text lie; a word is as sure as the share of texts that have it, and a little as its
+        tokens."""
         found = align(log_probs[:, : self._search.vocab_size], self._search.spelling(words))
         of_tokens: list[float] = []
         for word, share in zip(words, shares, strict=True):
@@ -311,7 +316,7 @@ class BeamDecoder:
             of_tokens += [*([1.0] if of_tokens else []), *[share ** (1 / letters)] * letters]
         first = self._first
         return [
-            TokenSpan(s.token, first + s.start_frame, first + s.end_frame, s.confidence * share)
+            TokenSpan(s.token, first + s.start_frame, first + s.end_frame, s.confidence**_HEARD * share)
             for s, share in zip(found, of_tokens, strict=True)
         ]
 
