@@ -64,10 +64,13 @@ def lay_out(audios: Sequence[tuple[np.ndarray, float]]) -> tuple[np.ndarray, lis
     return np.concatenate(parts).astype(np.float32), starts.tolist()
 
 
-def join(rows: Sequence[Utterance], seconds: float, seed: int = 0) -> list[Joined]:
+def join(
+    rows: Sequence[Utterance], seconds: float, seed: int = 0, pauses: tuple[float, float] = _PAUSE_SECONDS
+) -> list[Joined]:
     """Join the utterances of each speaker, in their order, to pieces of at least `seconds`.
 
-    The pauses are 0.3 to 2.5 s long, drawn from `seed`. What is left of a speaker makes a shorter piece.
+    The pauses are as long as `pauses` allows, in seconds, drawn from `seed`. What is left of a speaker makes a shorter
+    piece.
     """
     rng = np.random.default_rng(seed)
     speakers: dict[str | None, list[Utterance]] = {}
@@ -76,8 +79,8 @@ def join(rows: Sequence[Utterance], seconds: float, seed: int = 0) -> list[Joine
     pieces: list[Joined] = []
     for of_speaker in speakers.values():
         pieces += (
-            Joined(parts=tuple(parts), pauses=tuple(rng.uniform(*_PAUSE_SECONDS, len(parts)).tolist()))
-            for parts in _pieces(of_speaker, seconds)
+            Joined(parts=tuple(parts), pauses=tuple(rng.uniform(*pauses, len(parts)).tolist()))
+            for parts in _pieces(of_speaker, seconds, sum(pauses) / 2)
         )
     return pieces
 
@@ -131,12 +134,12 @@ class Partials:
             self._changed += len(shown) - sum(block.size for block in blocks)
 
 
-def _pieces(rows: Iterable[Utterance], seconds: float) -> Iterator[list[Utterance]]:
+def _pieces(rows: Iterable[Utterance], seconds: float, pause: float) -> Iterator[list[Utterance]]:
     parts: list[Utterance] = []
     length = 0.0
     for row in rows:
         parts.append(row)
-        length += (row.duration or _UNKNOWN_SECONDS) + sum(_PAUSE_SECONDS) / 2
+        length += (row.duration or _UNKNOWN_SECONDS) + pause
         if length >= seconds:
             yield parts
             parts, length = [], 0.0
