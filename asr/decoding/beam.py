@@ -27,9 +27,8 @@ _COMMON_WORDS = 1000  # on the way to their end, hot words count as no more like
 _COMMIT_FRAMES = 1500
 _LOOKBACK_FRAMES = 250
 # The search by phones takes the language model's weight times this, and adds that to a word's score: there are fewer
-# phones than letters. And candidates are weighed by all their alignments, where a search follows the best one: the
-# language models get more weight there.
-_BY_PHONES, _WEIGHED = (0.87, -0.5), (1.25, 1.0)
+# phones than letters. And candidates are weighed by all their alignments, where a search follows the best one.
+_BY_PHONES, _WEIGHED = (0.87, -0.5), 1.0
 _SHARPNESS = 0.3  # of the probabilities that scores stand for: as they are, the best text would be all but certain
 _HEARD = 0.1  # exponent of the tokens' probabilities in a word's confidence: many right words were hardly heard
 _CANDIDATES = 50  # of each search, that are weighed by tokens and phones
@@ -55,7 +54,7 @@ class BeamConfig:
     """
 
     beam: int = 250
-    lm_weight: float = 2.25
+    lm_weight: float = 2.75
     word_score: float = 0.5
     phone_share: float = 0.8
     prior_weight: float = 0.5
@@ -203,7 +202,7 @@ class BeamSearch:
             share = config.phone_share
             heard = (1 - share) * heard + share * self._by_phones(log_probs[:, self.vocab_size :], texts)
         said = self._language(texts, scorer)
-        total = heard + config.lm_weight * _WEIGHED[0] * said + (config.word_score + _WEIGHED[1]) * lengths
+        total = heard + config.lm_weight * said + (config.word_score + _WEIGHED) * lengths
         return dict(zip(texts, total.tolist(), strict=True))
 
     def _by_phones(self, phones: np.ndarray, texts: Sequence[tuple[int, ...]]) -> np.ndarray:
@@ -217,16 +216,14 @@ class BeamSearch:
 
     def _language(self, texts: Sequence[tuple[int, ...]], scorer: Any) -> np.ndarray:
         """The base-10 log-probability of texts: of n-grams with hot words, and of the next-word model."""
-        ngrams = np.array([score(self._lm, words) for words in texts])
-        hot = 0.0
-        if scorer is not self._lm:  # what hot words add does not grow with the weight that candidates get
-            hot = (np.array([score(scorer, words) for words in texts]) - ngrams) / _WEIGHED[0]
+        ngrams = np.array([score(scorer, words) for words in texts])
         if not self._next_word:
-            return ngrams + hot
+            return ngrams
+        plain = ngrams if scorer is self._lm else np.array([score(self._lm, words) for words in texts])
         numbers = [[self._numbers[word] for word in words] for words in texts]
         unknown = np.array([self._shares[list(words)].sum() for words in texts])
         network = self._next_word.log_probs(numbers) / math.log(10) + unknown
-        return ngrams + self.config.network_share * (network - ngrams) + hot
+        return ngrams + self.config.network_share * (network - plain)
 
     def spelling(self, words: Sequence[int]) -> list[int]:
         """The tokens of a text, with spaces between its words."""
