@@ -197,10 +197,13 @@ class BeamSearch:
             scorer: the n-gram model, with the hot words of this segment.
         """
         config, lengths = self.config, np.array([len(words) for words in texts])
-        heard = log_likelihoods(log_probs[:, : self.vocab_size], [self.spelling(words) for words in texts])
-        if self.sounds:
-            share = config.phone_share
-            heard = (1 - share) * heard + share * self._by_phones(log_probs[:, self.vocab_size :], texts)
+        share = config.phone_share if self.sounds else 0.0
+        heard = np.zeros(len(texts))
+        if share < 1:
+            spelled = [self.spelling(words) for words in texts]
+            heard += (1 - share) * log_likelihoods(log_probs[:, : self.vocab_size], spelled)
+        if share > 0:
+            heard += share * self._by_phones(log_probs[:, self.vocab_size :], texts)
         said = self._language(texts, scorer)
         total = heard + config.lm_weight * said + (config.word_score + _WEIGHED) * lengths
         return dict(zip(texts, total.tolist(), strict=True))
