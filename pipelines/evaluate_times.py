@@ -21,7 +21,7 @@ _PIECE_SECONDS = 20.0
 _MARGIN = 0.03  # seconds of a recording before and after its speech; with less it may be cut off
 _REACH = 0.5  # seconds: a word so far outside its recording is not taken for its
 _FEWEST = 20  # boundaries, to fit on
-_SOUND = 0.4  # seconds: how far words are moved to where a sound begins or ends
+_SOUND = 0.3  # seconds: how far words are moved to where a sound begins or ends
 
 
 @dataclass(frozen=True, kw_only=True)
