@@ -97,6 +97,15 @@ def test_no_word_goes_on_behind_a_pause() -> None:
     assert found.end == pytest.approx(0.9, abs=0.02)
 
 
+def test_no_word_begins_in_a_pause() -> None:
+    levels = levels_of(tone_and_silence(1.2, 0.4, 0.6, 0.4, 0.5))
+    first, second = Calibration(reach=0.2).apply([word(0.0, 1.6), word(2.1, 2.6)], 0.0, 3.1, levels)
+    assert first.start == pytest.approx(1.2, abs=0.02)
+    assert second.start == pytest.approx(2.2, abs=0.02)
+    (in_silence,) = Calibration(reach=0.2).apply([word(0.1, 0.6)], 0.0, 3.1, levels)
+    assert in_silence.start == 0.1  # no sound begins in it
+
+
 def test_the_gap_of_a_plosive_and_a_click_are_no_borders() -> None:
     starts, ends = sounds(levels_of(tone_and_silence(0.5, 0.3, 0.07, 0.3, 0.5, 0.01, 0.5)))
     assert starts == pytest.approx([0.5], abs=0.02)

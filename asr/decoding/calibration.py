@@ -31,7 +31,7 @@ class Calibration:
     Attributes:
         start_shift, end_shift: seconds that are added to the start and the end of each word; below 0: earlier.
         reach: then they move to where a sound begins or ends after or before a pause, if that is at most so far, in
-            seconds; and no word goes on behind a pause.
+            seconds; and no word begins in a pause, or goes on behind one.
         confidence: weights of what `evidence` gives, in a logistic function; empty: the decoder's confidence stays.
     """
 
@@ -53,8 +53,12 @@ class Calibration:
         shifted = [(word.start + self.start_shift, word.end + self.end_shift) for word in words]
         middles = [(first + last) / 2 for first, last in shifted]
         starts: list[float] = []
-        for (time, _), before in zip(shifted, [-math.inf, *middles], strict=False):  # a border is one word's alone
+        for (time, last), before in zip(shifted, [-math.inf, *middles], strict=False):  # a border is one word's alone
+            # Nor does one begin in a pause: such a network may write its first letter long before it sounds.
+            sound, silence = (min((e for e in edges if e > time), default=math.inf) for edges in (begins, after))
             found = _nearest([edge for edge in begins if edge > before], time, self.reach)
+            if sound < min(silence, last):
+                found = sound
             starts.append(min(max(found, start, *starts[-1:]), end))
         ends: list[float] = []
         for (_, time), following, first, second in zip(
