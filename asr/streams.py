@@ -204,7 +204,7 @@ class Streams:
             full = len(self._ready) >= self._rows
             if self._groups >= self._threads * (_AHEAD if full else 1):
                 return None
-            if len(self._ready) < min(self._rows, len(self._streams) - self._flying):  # others may come
+            if not full and len(self._ready) < len(self._streams) - self._flying:  # others may come
                 left = self._ready.since + self._patience - monotonic()
                 if left > 0:
                     return left

@@ -47,11 +47,13 @@ def join_recordings(
     problems: list[Problem] = []
     for manifest in manifests:
         found, bad = read_manifest(manifest)
-        rows += [dataclasses.replace(row, speaker=f"{manifest.parent.name} {row.speaker}") for row in found]
         problems += bad
-    silent = [row for row in rows if not normalize(row.text or "")]
-    problems += [Problem(row.where, "has no text") for row in silent]
-    rows = [row for row in rows if normalize(row.text or "")]
+        for row in found:
+            text, speaker = normalize(row.text or ""), f"{manifest.parent.name} {row.speaker}"
+            if text:
+                rows.append(dataclasses.replace(row, text=text, speaker=speaker))
+            else:
+                problems.append(Problem(row.where, "has no text"))
     random.Random(f"join {seed}").shuffle(rows)
     lines: list[str] = []
     for piece in join(rows, seconds, seed, _PAUSE_SECONDS):
@@ -63,7 +65,7 @@ def join_recordings(
             except AudioError as error:
                 problems.append(Problem(part.where, str(error)))
             else:
-                texts.append(normalize(part.text or ""))
+                texts.append(part.text or "")
         if not audios:
             continue
         samples, _ = lay_out(audios)

@@ -10,7 +10,6 @@ import argparse
 import ctypes
 import json
 import lzma
-import os
 import random
 import shutil
 import sys
@@ -25,6 +24,7 @@ import soxr
 
 from asr.audio import SAMPLE_RATE
 from asr.errors import AsrError
+from asr.files import write_atomically
 from asr.text import normalize
 
 # The voices of the shipped samples (scripts/samples). Training never hears them, in any accent.
@@ -130,9 +130,8 @@ def synthesize(
         rows.append({"audio_filepath": name, "duration": duration, "text": text, "speaker": f"espeak-{voice}"})
         if progress:
             progress(i + 1, len(texts))
-    manifest, unfinished = out / "manifest.jsonl", out / "manifest.jsonl.tmp"
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(unfinished, manifest)
+    manifest = out / "manifest.jsonl"
+    write_atomically(manifest, "".join(json.dumps(row) + "\n" for row in rows))
     return manifest
 
 

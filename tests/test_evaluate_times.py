@@ -148,7 +148,7 @@ def test_the_command_tells_and_keeps_what_it_found(
     assert ended.value.code == 2
 
 
-# The goal is not reached yet: the median is 7 ms, the 95th percentile 294 (offline) and 195 ms (streaming).
+# The goal is not reached yet: the medians are 6 and 5 ms, the 95th percentile 197 (offline) and 163 ms (streaming).
 @pytest.mark.xfail(reason="the 95th percentile of word times is above 150 ms")
 @pytest.mark.slow
 @pytest.mark.parametrize("network", ["offline", "streaming"])

@@ -56,9 +56,8 @@ class Calibration:
         for (time, last), before in zip(shifted, [-math.inf, *middles], strict=False):  # a border is one word's alone
             # Nor does one begin in a pause: such a network may write its first letter long before it sounds.
             sound, silence = (min((e for e in edges if e > time), default=math.inf) for edges in (begins, after))
-            found = _nearest([edge for edge in begins if edge > before], time, self.reach)
-            if sound < min(silence, last):
-                found = sound
+            in_pause = sound < min(silence, last)
+            found = sound if in_pause else _nearest([edge for edge in begins if edge > before], time, self.reach)
             starts.append(min(max(found, start, *starts[-1:]), end))
         ends: list[float] = []
         for (_, time), following, first, second in zip(
