@@ -180,6 +180,7 @@ class TrainingConfig:
     clip_value: float = 0.0  # of each of its entries, after clip_norm; 0: off
     phone_weight: float = 0.5
     alignment_weight: float = 0.0  # of phone states frame by frame, on the phone layer, where `asr align` was run
+    consistency_weight: float = 0.0  # between two views of each utterance, masked apart (CR-CTC); a batch holds both
     transducer_weight: float = 1.0  # of the transducer's loss beside CTC's, where model.prediction is above 0
     freeze_encoder: bool = False  # train the transducer alone, on the network that init_from names
     curriculum_seconds: float = 0.0
@@ -192,17 +193,23 @@ class TrainingConfig:
     patience: int = 0  # epochs without a better CER on data.dev after which training stops; 0: all epochs
     hang_seconds: float = 600.0  # a worker for which the others wait so long is named, and the run stops
 
+    @property
+    def views(self) -> int:
+        """Under how many masks each utterance of a batch is read."""
+        return 2 if self.consistency_weight else 1
+
     def __post_init__(self) -> None:
         _check(self.epochs >= 1, "training.epochs", self.epochs, "at least 1")
         _check(self.batch_seconds > 0, "training.batch_seconds", self.batch_seconds, "above 0")
-        _check(self.batch_utterances >= 1, "training.batch_utterances", self.batch_utterances, "at least 1")
+        views = f"at least {self.views}, the views of an utterance"
+        _check(self.batch_utterances >= self.views, "training.batch_utterances", self.batch_utterances, views)
         _check(self.accumulate >= 1, "training.accumulate", self.accumulate, "at least 1")
         _check(self.optimizer in ("adamw", "muon"), "training.optimizer", self.optimizer, '"adamw" or "muon"')
         _check(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "above 0")
         _check(self.clip_norm > 0, "training.clip_norm", self.clip_norm, "above 0")
         for name in (
             "clip_value", "warmup_steps", "weight_decay", "phone_weight", "alignment_weight", "transducer_weight",
-            "curriculum_seconds", "curriculum_step_seconds",
+            "consistency_weight", "curriculum_seconds", "curriculum_step_seconds",
         ):  # fmt: skip
             _check(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "at least 0")
         _check(

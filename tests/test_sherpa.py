@@ -116,6 +116,11 @@ def test_text_of_files_is_ours_however_loud_they_are(exported: Path) -> None:
     assert ours[:12] != ours[12:], "loudness should matter to this model, or the test shows nothing"
 
 
+def as_sherpa_scales(samples: np.ndarray) -> np.ndarray:
+    """It scales 16-bit samples by 32767 / 32768 and cuts: 1 and -1 become zeros, which no graph can undo."""
+    return np.where(np.abs(samples) < 1.5 / 32_768, 0, samples).astype(np.float32)
+
+
 @pytest.mark.parametrize("thinned", [10, pytest.param(1, marks=pytest.mark.slow)])
 def test_on_real_speech_at_most_one_word_in_200_differs(exported: Path, shared_speech: Path, thinned: int) -> None:
     """What is left: live, the end of a recording (the last block is held back) and float arithmetic in other blocks;
@@ -123,13 +128,12 @@ def test_on_real_speech_at_most_one_word_in_200_differs(exported: Path, shared_s
     corpora = {"librispeech_dev_clean_17": 12, "speechocean762": 6, "game_dialogue": 3}
     audios = [x for corpus, every in corpora.items() for x in real_speech(corpus, every * thinned)]
     recognizer = Recognizer.load(exported / "model", precision="fp32", endpoint=None)
-    ours = [recognizer.transcribe(samples, network="streaming").text for samples in audios]
+    ours = [recognizer.transcribe(as_sherpa_scales(samples), network="streaming").text for samples in audios]
     assert sum(len(text.split()) for text in ours) > 300
-    allowed = 0.005 if thinned == 1 else 0.01  # of 360 words two would be too many
-    assert share_that_differs(ours, live_texts(online(exported), audios)) <= allowed
+    assert share_that_differs(ours, live_texts(online(exported), audios)) <= 0.005
     centred = [x - x.mean() for x in audios]
     ours = [t.text for t in recognizer.transcribe_batch(centred)]
-    assert share_that_differs(ours, file_texts(offline(exported), centred)) <= allowed
+    assert share_that_differs(ours, file_texts(offline(exported), centred)) <= 0.005
 
 
 def tiny(bidirectional: bool = False, **model: Any) -> Network:

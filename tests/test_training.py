@@ -32,7 +32,7 @@ from asr.training.dry_run import dry_run
 from asr.training.loop import Trainer, run_training
 from asr.training.ranks import RankError, Ranks, Stragglers
 from asr.training.shards import ShardDataset, write_shard
-from asr.training.step import ctc, learning_rate
+from asr.training.step import ctc, divergence, learning_rate
 
 WORDS = {"low": 200.0, "mid": 800.0, "high": 2_400.0}
 
@@ -189,6 +189,59 @@ def test_ctc_equals_a_sum_over_all_paths() -> None:
             total += float(np.exp(sum(float(log_probs[0, t, p]) for t, p in enumerate(path))))
     loss = ctc(log_probs, torch.tensor([4]), torch.tensor([target]), torch.tensor([2]), torch.tensor([True]))
     assert abs(float(loss) + np.log(total)) < 1e-5
+
+
+def test_two_views_of_an_utterance_differ_by_their_masks_alone(tmp_path: Path) -> None:
+    config = tone_config(write_corpus(tmp_path / "data"), consistency_weight=0.2)
+    corpus = Corpus(config.data.train)
+    sampler = Sampler(corpus, config, stride=640)
+    plans = sampler.epoch(0)
+    grid = 5_120  # to which lengths are rounded up
+    assert max(2 * len(plan.rows) * (plan.samples - grid) for plan in plans) <= 20.0 * 16_000, "both views are counted"
+    batch = Loader(corpus, config, hop=160).batch(plans[0], 0)
+    rows = len(batch.audio)
+    first, second = batch.hidden_frames.split(rows)
+    assert first.any() and second.any() and not torch.equal(first, second)
+    assert len(batch.hidden_bands) == 2 * rows
+    assert len(Loader(corpus, config, hop=160, augment=False).batch(plans[0], 0).hidden_frames) == rows
+
+
+def test_consistency_weighs_how_far_two_views_are_apart(tmp_path: Path) -> None:
+    config = tone_config(write_corpus(tmp_path / "data"), consistency_weight=1.0)
+    trainer = Trainer(config, tmp_path / "run")
+    batch = trainer.loader.batch(trainer.sampler.epoch(0)[0], 0)
+    losses = trainer.losses.eval()  # no dropout: the views differ by their masks alone
+
+    def loss(batch: Batch, weight: float) -> float:
+        losses.consistency_weight = weight
+        return losses(batch)[0].item()
+
+    alone = [
+        dataclasses.replace(batch, hidden_frames=frames, hidden_bands=bands)
+        for frames, bands in zip(batch.hidden_frames.chunk(2), batch.hidden_bands.chunk(2), strict=True)
+    ]
+    assert loss(batch, 0.0) == pytest.approx(np.mean([loss(view, 0.0) for view in alone]), rel=1e-4)
+    apart = loss(batch, 1.0) - loss(batch, 0.0)
+    assert apart > 1e-4
+    assert loss(batch, 2.0) - loss(batch, 0.0) == pytest.approx(2 * apart, rel=1e-3)
+    same = dataclasses.replace(
+        batch,
+        hidden_frames=batch.hidden_frames.chunk(2)[0].repeat(2, 1),
+        hidden_bands=batch.hidden_bands.chunk(2)[0].repeat(2, 1),
+    )
+    assert loss(same, 1.0) == pytest.approx(loss(same, 0.0), rel=1e-5)
+
+
+def test_the_divergence_is_what_two_distributions_say_and_leaves_padding_out() -> None:
+    log_probs = torch.randn(4, 5, 3).log_softmax(-1).requires_grad_()
+    frames = torch.tensor([5, 3, 5, 3])
+    got = divergence(log_probs, frames, torch.ones(4, dtype=torch.bool))
+    p, q = log_probs.detach()[:2], log_probs.detach()[2:]
+    each = (p.exp() * (p - q) + q.exp() * (q - p)).sum(-1)  # Jeffreys' divergence of each frame
+    assert got.item() == pytest.approx((each[0].sum() + each[1, :3].sum()).item(), rel=1e-5)
+    got.backward()
+    assert log_probs.grad is not None and not log_probs.grad[1, 3:].any() and log_probs.grad[3, :3].any()
+    assert divergence(log_probs, frames, torch.zeros(4, dtype=torch.bool)).item() == 0.0
 
 
 def test_the_learning_rate_rises_then_falls_to_zero() -> None:

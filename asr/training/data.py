@@ -48,7 +48,8 @@ class Batch:
         tokens: (batch, longest) int64, token_lengths: (batch,): 0 means that nothing is said; likewise phones,
             of length 0 where unknown.
         counts: (batch,) bool: False for a row that only keeps a rank without work in step.
-        hidden_frames: (batch, feature frames) bool; hidden_bands: (batch, bands) bool: SpecAugment's masks.
+        hidden_frames: (batch, feature frames) bool; hidden_bands: (batch, bands) bool: SpecAugment's masks; of
+            twice as many rows where each utterance is read under two of them.
         states: (batch, output frames) int64, the aligned phone state of each frame or UNKNOWN.
         token_count, phone_count, state_count: of the global batch, over all ranks.
     """
@@ -72,6 +73,13 @@ class Batch:
         """The same batch on a device."""
         tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return dataclasses.replace(self, **tensors)
+
+    def repeated(self, views: int) -> "Batch":
+        """The same batch with the targets of each row once for each view, and counted as often."""
+        rows = {name: getattr(self, name).repeat(views, 1) for name in ("tokens", "phones", "states")}
+        ones = {name: getattr(self, name).repeat(views) for name in ("token_lengths", "phone_lengths", "counts")}
+        counts = {name: views * getattr(self, name) for name in ("token_count", "phone_count", "state_count")}
+        return dataclasses.replace(self, **rows, **ones, **counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,13 +256,14 @@ class Sampler:
         lengths = np.ceil(self.corpus.n_samples[rows] / speeds).astype(np.int64) + 2 * EDGE_SAMPLES
         lengths += np.array([lead_of(config, epoch, row) for row in rows.tolist()])
         order = np.argsort(lengths * rng.uniform(0.97, 1.03, len(rows)), kind="stable")
+        most_rows, most_seconds = training.batch_utterances // training.views, training.batch_seconds / training.views
         batches: list[Plan] = []
         start = 0
         for end in range(1, len(order) + 1):
             group = order[start:end]
             after = order[start : end + 1]
             widest = int(lengths[after].max())
-            full = len(after) > training.batch_utterances or widest * len(after) > training.batch_seconds * SAMPLE_RATE
+            full = len(after) > most_rows or widest * len(after) > most_seconds * SAMPLE_RATE
             if end == len(order) or full:
                 samples = -(-int(lengths[group].max()) // _GRID) * _GRID
                 batches.append(Plan(tuple(rows[group]), tuple(speeds[group]), samples))
@@ -301,8 +310,9 @@ class Loader:
         lengths = torch.zeros(len(mine), dtype=torch.long)
         frames = plan.samples // self.hop
         features = torch.full((len(mine), frames, bands), math.log(FLOOR)) if stored else None  # what silence gives
-        hidden_frames = np.zeros((len(mine), frames), bool)
-        hidden_bands = np.zeros((len(mine), bands), bool)
+        views = self.config.training.views if self.augment else 1
+        hidden_frames = np.zeros((views, len(mine), frames), bool)
+        hidden_bands = np.zeros((views, len(mine), bands), bool)
         stride = self.hop * math.prod(self.config.model.strides)
         states = np.full((len(mine), plan.samples // stride), UNKNOWN)
         silent = {row for row in plan.rows if self._is_silent(row, epoch)}
@@ -330,7 +340,8 @@ class Loader:
                 states[i] = self._states_at(row, speed, states.shape[1], stride, leads[i])
             if self.augment:
                 n = int(lengths[i]) // self.hop
-                hidden_frames[i, :n], hidden_bands[i] = draw_masks(n, bands, self.config.augment, rng)
+                for view in range(views):
+                    hidden_frames[view, i, :n], hidden_bands[view, i] = draw_masks(n, bands, self.config.augment, rng)
         if idle:
             lengths.zero_()  # no frame of it enters batch normalisation
         tokens, token_lengths = _pad([[] if idle or row in silent else corpus.tokens[row] for row, _ in mine])
@@ -344,8 +355,8 @@ class Loader:
             counts=torch.full((len(mine),), not idle),
             phones=phones,
             phone_lengths=phone_lengths,
-            hidden_frames=torch.from_numpy(hidden_frames),
-            hidden_bands=torch.from_numpy(hidden_bands),
+            hidden_frames=torch.from_numpy(hidden_frames).flatten(0, 1),
+            hidden_bands=torch.from_numpy(hidden_bands).flatten(0, 1),
             states=torch.from_numpy(states),
             token_count=sum(len(corpus.tokens[row]) for row in plan.rows),
             phone_count=sum(len(corpus.phone_ids[row]) for row in plan.rows),

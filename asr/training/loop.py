@@ -87,7 +87,7 @@ class Trainer:
         training = config.training
         losses = Losses(
             self.network, training.phone_weight, training.alignment_weight, precision, training.transducer_weight,
-            training.freeze_encoder,
+            training.freeze_encoder, training.consistency_weight,
         )  # fmt: skip
         self.losses = DistributedDataParallel(losses) if world > 1 else losses
         self.optimizer = Optimizer(

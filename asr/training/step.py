@@ -27,6 +27,8 @@ class Losses(nn.Module):
         precision: "fp32" or "bf16" (autocast; the losses are always float32).
         transducer_weight: of the transducer's loss on tokens beside the CTC.
         freeze_encoder: the transducer's loss is the only one, and all that is not of the transducer stays as it is.
+        consistency_weight: of the divergence between what two views of an utterance say, each under masks of its
+            own (Yao et al. 2024, "CR-CTC"); batches then come with masks for two views. 0: one view.
     """
 
     def __init__(
@@ -37,11 +39,13 @@ class Losses(nn.Module):
         precision: str,
         transducer_weight: float = 0.0,
         freeze_encoder: bool = False,
+        consistency_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.network = network
         self.phone_weight, self.alignment_weight, self.precision = phone_weight, alignment_weight, precision
         self.transducer_weight, self.freeze_encoder = transducer_weight, freeze_encoder
+        self.consistency_weight = consistency_weight
         if freeze_encoder:
             trained = ("transducer.", f"layers.{len(network.layers) - 1}.joint.")
             for name, parameter in network.named_parameters():
@@ -59,6 +63,9 @@ class Losses(nn.Module):
         network = self.network
         with torch.no_grad():
             features, frames = features_of(network, batch)
+            views = len(batch.hidden_frames) // len(features)
+            if views > 1:  # the second after the first, row by row
+                features, frames, batch = features.repeat(views, 1, 1), frames.repeat(views), batch.repeated(views)
             hidden = batch.hidden_frames[:, : features.shape[1], None] | batch.hidden_bands[:, None, :]
             features = features.masked_fill(hidden, 0.0)  # 0 is the mean
         with torch.autocast(features.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
@@ -73,9 +80,16 @@ class Losses(nn.Module):
                 return total, loss.detach()
         loss = ctc(log_probs, frames, batch.tokens, batch.token_lengths, batch.counts) / max(batch.token_count, 1)
         total = total + loss
+        if views > 1:
+            spread = divergence(log_probs, frames, batch.counts) / max(batch.token_count, 1)
+            total = total + self.consistency_weight * spread
         for name in ("phones", "final phones"):
             if name in auxiliary and self.phone_weight:
                 phone_loss = ctc(auxiliary[name], frames, batch.phones, batch.phone_lengths, batch.phone_lengths > 0)
+                if views > 1:
+                    phone_loss = phone_loss + self.consistency_weight * divergence(
+                        auxiliary[name], frames, batch.counts
+                    )
                 total = total + self.phone_weight * phone_loss / max(batch.phone_count, 1)
         if "states" in auxiliary and self.alignment_weight:
             states = auxiliary["states"].float().transpose(1, 2)
@@ -97,6 +111,18 @@ def ctc(log_probs: Tensor, frames: Tensor, targets: Tensor, target_lengths: Tens
         log_probs.float().transpose(0, 1), targets, frames, target_lengths, reduction="none", zero_infinity=True
     )
     return torch.where(counts, losses, 0.0).sum()
+
+
+def divergence(log_probs: Tensor, frames: Tensor, counts: Tensor) -> Tensor:
+    """Summed Kullback-Leibler divergence between two views, each the other's target: (2 batch, time, tokens) -> scalar.
+
+    The first half of the rows is one view, the second the other; rows that do not count, and padding, are left out.
+    """
+    heard = torch.arange(log_probs.shape[1], device=frames.device) < frames[:, None]
+    log_probs = log_probs.float()
+    other = torch.cat(log_probs.detach().chunk(2)[::-1])
+    apart = F.kl_div(log_probs, other, reduction="none", log_target=True).sum(-1)
+    return torch.where(heard & counts[:, None], apart, 0.0).sum()
 
 
 def rnnt(
