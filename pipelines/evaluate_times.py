@@ -1,5 +1,6 @@
 """How exact the times of words are, on recordings laid out with pauses: measured, and fitted."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 from asr.audio import SAMPLE_RATE
 from asr.decoding import Word
 from asr.decoding.calibration import Calibration
-from asr.decoding.sound import levels_of, sounds
+from asr.decoding.sound import levels_of, smooth, sounds
 from asr.errors import AudioError, ConfigError, Problem
 from asr.manifest import read_manifest
 from asr.text import normalize
@@ -63,10 +64,10 @@ def speech_edges(samples: np.ndarray) -> tuple[float, float] | None:
 
     None where it is not clear: much noise, or the recording begins or ends in the midst of speech.
     """
-    starts, ends = sounds(levels_of(samples))
-    if not len(starts) or np.isnan([starts[0], ends[-1]]).any():
+    starts, ends = sounds(smooth(levels_of(samples)))
+    if not starts or math.isnan(starts[0]) or math.isnan(ends[-1]):
         return None
-    start, end = float(starts[0]), float(ends[-1])
+    start, end = starts[0], ends[-1]
     return (start, end) if start >= _MARGIN and end <= len(samples) / SAMPLE_RATE - _MARGIN else None
 
 

@@ -16,7 +16,7 @@ from asr.decoding.calibration import (
     probability,
     save_calibration,
 )
-from asr.decoding.sound import Levels, _percentile, levels_of, sounds
+from asr.decoding.sound import Levels, _percentile, levels_of, smooth, sounds
 from asr.errors import ModelError
 
 RATE = 16_000
@@ -80,6 +80,17 @@ def test_beside_a_pause_the_sound_tells_where_a_word_begins_and_ends() -> None:
     ]
 
 
+def test_a_faint_word_among_loud_ones_is_measured_against_its_own_pause() -> None:
+    samples = tone_and_silence(0.5, 0.4, 0.6, 0.3, 0.6, 0.4, 0.5)
+    faint = slice(round(1.3 * RATE), round(2.0 * RATE))
+    samples[faint] *= 0.01  # 40 dB less: no sound at all beside the others
+    first, second, third = Calibration(reach=0.2).apply(
+        [word(0.6, 0.8), word(1.6, 1.7), word(2.5, 2.7)], 0.0, 3.3, levels_of(samples)
+    )
+    assert (second.start, second.end) == (pytest.approx(1.5, abs=0.02), pytest.approx(1.8, abs=0.02))
+    assert (first.end, third.start) == (pytest.approx(0.9, abs=0.02), pytest.approx(2.4, abs=0.02))
+
+
 def test_only_the_words_beside_a_pause_move_to_its_borders() -> None:
     levels = levels_of(tone_and_silence(0.5, 0.6, 0.5))
     fitted = Calibration(reach=0.3)
@@ -107,17 +118,17 @@ def test_no_word_begins_in_a_pause() -> None:
 
 
 def test_the_gap_of_a_plosive_and_a_click_are_no_borders() -> None:
-    starts, ends = sounds(levels_of(tone_and_silence(0.5, 0.3, 0.07, 0.3, 0.5, 0.01, 0.5)))
+    starts, ends = sounds(smooth(levels_of(tone_and_silence(0.5, 0.3, 0.07, 0.3, 0.5, 0.01, 0.5))))
     assert starts == pytest.approx([0.5], abs=0.02)
     assert ends == pytest.approx([1.17], abs=0.02)
 
 
 def test_sound_that_goes_on_at_an_edge_has_no_border_there() -> None:
-    starts, ends = sounds(levels_of(tone_and_silence(0.0, 0.5, 0.5, 0.5)))
+    starts, ends = sounds(smooth(levels_of(tone_and_silence(0.0, 0.5, 0.5, 0.5))))
     assert np.isnan(starts[0]) and np.isnan(ends[-1])
     assert starts[1] == pytest.approx(1.0, abs=0.02) and ends[0] == pytest.approx(0.5, abs=0.02)
     hiss = np.random.default_rng(0).standard_normal(RATE).astype(np.float32) * 0.1
-    assert [len(x) for x in sounds(levels_of(hiss))] == [0, 0]
+    assert [len(x) for x in sounds(smooth(levels_of(hiss)))] == [0, 0]
 
 
 @given(st.lists(st.integers(0, 700), max_size=20), st.integers(0, 5))

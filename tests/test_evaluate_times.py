@@ -148,8 +148,6 @@ def test_the_command_tells_and_keeps_what_it_found(
     assert ended.value.code == 2
 
 
-# The goal is not reached yet: the medians are 6 and 5 ms, the 95th percentile 197 (offline) and 163 ms (streaming).
-@pytest.mark.xfail(reason="the 95th percentile of word times is above 150 ms")
 @pytest.mark.slow
 @pytest.mark.parametrize("network", ["offline", "streaming"])
 def test_the_shipped_model_times_real_words(network: str) -> None:

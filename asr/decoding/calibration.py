@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from asr.decoding import Word
-from asr.decoding.sound import sounds
+from asr.decoding.sound import FRAME_SECONDS, smooth, sounds
 from asr.errors import ModelError
 from asr.files import write_atomically
 
@@ -17,7 +17,6 @@ CALIBRATION_FILE = "calibration.json"  # in the folder of a network
 _LOWEST = 1e-10  # probability
 _WEIGHTS = 5
 _SHORTEST = 0.05  # seconds of a word
-_NOWHERE: tuple[list[float], list[float]] = ([], [])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +30,8 @@ class Calibration:
     Attributes:
         start_shift, end_shift: seconds that are added to the start and the end of each word; below 0: earlier.
         reach: then they move to where a sound begins or ends after or before a pause, if that is at most so far, in
-            seconds; and no word begins in a pause, or goes on behind one.
+            seconds; and no word begins in a pause, or goes on behind one. What is sound and what is pause, the levels
+            of the word and so many seconds on either side tell: words may differ in loudness, and rooms in noise.
         confidence: weights of what `evidence` gives, in a logistic function; empty: the decoder's confidence stays.
     """
 
@@ -48,20 +48,20 @@ class Calibration:
         """
         if not words or self == Calibration():
             return list(words)
-        edges = sounds(levels) if levels is not None and self.reach else _NOWHERE
-        begins, after = ([start + float(time) for time in times if not math.isnan(time)] for times in edges)
         shifted = [(word.start + self.start_shift, word.end + self.end_shift) for word in words]
+        levels = None if levels is None else smooth(levels)
+        borders = [self._borders(first, last, start, levels) for first, last in shifted]
         middles = [(first + last) / 2 for first, last in shifted]
         starts: list[float] = []
-        for (time, last), before in zip(shifted, [-math.inf, *middles], strict=False):  # a border is one word's alone
+        for (time, last), (begins, after), before in zip(shifted, borders, [-math.inf, *middles[:-1]], strict=True):
             # Nor does one begin in a pause: such a network may write its first letter long before it sounds.
             sound, silence = (min((e for e in edges if e > time), default=math.inf) for edges in (begins, after))
             in_pause = sound < min(silence, last)
             found = sound if in_pause else _nearest([edge for edge in begins if edge > before], time, self.reach)
-            starts.append(min(max(found, start, *starts[-1:]), end))
+            starts.append(min(max(found, start, *starts[-1:]), end))  # a border is one word's alone
         ends: list[float] = []
-        for (_, time), following, first, second in zip(
-            shifted, [*middles[1:], math.inf], starts, [*starts[1:], end], strict=True
+        for (_, time), (_, after), following, first, second in zip(
+            shifted, borders, [*middles[1:], math.inf], starts, [*starts[1:], end], strict=True
         ):
             # A word does not go on behind a pause: a network that hears the future may keep its last letter until then.
             inside = [edge for edge in after if first + _SHORTEST < edge < time]
@@ -74,6 +74,18 @@ class Calibration:
             replace(word, start=s, end=e, confidence=c)
             for word, s, e, c in zip(words, starts, ends, confidences, strict=True)
         ]
+
+    def _borders(
+        self, first: float, last: float, start: float, levels: np.ndarray | None
+    ) -> tuple[list[float], list[float]]:
+        """Where sounds begin and end near a word, in seconds; `levels` are smoothed and begin at `start`."""
+        if levels is None or not self.reach:
+            return [], []
+        low = max(round((first - start - self.reach) / FRAME_SECONDS), 0)
+        high = max(round((last - start + self.reach) / FRAME_SECONDS), low)
+        shift = start + low * FRAME_SECONDS
+        begins, after = sounds(levels[low:high])
+        return [shift + x for x in begins if not math.isnan(x)], [shift + x for x in after if not math.isnan(x)]
 
 
 def _nearest(edges: Sequence[float], time: float, reach: float) -> float:

@@ -1,18 +1,18 @@
 """Where sound begins and ends in a recording: what the times of words are moved to."""
 
+import math
+
 import numpy as np
 
 from asr.audio import SAMPLE_RATE
 
 FRAME_SECONDS = 0.01
 _FRAME = round(FRAME_SECONDS * SAMPLE_RATE)  # samples
-_NOTHING, _QUIET = np.zeros(0, np.float32), np.zeros(1, bool)
+_NOTHING = np.zeros(0, np.float32)
 _ABOVE_NOISE, _BELOW_PEAK = 8.0, 32.0  # dB: sound is so far above the noise and no further below the peak
 _CLEAR = 15.0  # dB from noise to peak: with less, its borders are not known
-_PAUSE, _CLICK = (
-    12,
-    5,
-)  # smoothed frames: no shorter silence parts sounds (plosives have them within), no shorter sound counts
+# smoothed frames: no shorter silence parts sounds (plosives have them within), no shorter sound counts
+_PAUSE, _CLICK = 12, 5
 
 
 class Levels:
@@ -52,32 +52,38 @@ def levels_of(samples: np.ndarray) -> np.ndarray:
     return levels.take(len(samples) / SAMPLE_RATE)
 
 
-def sounds(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """When sounds that are parted by pauses begin, and when they end, in seconds, (sounds,) each.
+def smooth(levels: np.ndarray) -> np.ndarray:
+    """The mean of each level, (frames,) in dB, and its neighbours."""
+    if len(levels) < 3:
+        return levels
+    around = np.concatenate([levels[:1], levels, levels[-1:]], dtype=np.float64)
+    return (around[:-2] + around[1:-1] + around[2:]) / 3
+
+
+def sounds(smoothed: np.ndarray) -> tuple[list[float], list[float]]:
+    """When sounds that are parted by pauses begin, and when they end, in seconds, of smoothed levels (frames,).
 
     A sound without a beginning or end in these levels has NaN for it; none where noise is nearly as loud as all else.
     """
-    nothing = np.zeros(0), np.zeros(0)
-    if len(levels) < _PAUSE:
-        return nothing
-    smooth = np.convolve(np.concatenate([levels[:1], levels, levels[-1:]], dtype=np.float64), np.ones(3) / 3, "valid")
-    ranked = np.sort(smooth)
+    frames = len(smoothed)
+    if frames < _PAUSE:
+        return [], []
+    ranked = np.sort(smoothed)
     noise, peak = _percentile(ranked, 0.10), _percentile(ranked, 0.98)
     if peak - noise < _CLEAR:
-        return nothing
-    loud = smooth > max(noise + _ABOVE_NOISE, peak - _BELOW_PEAK)
-    around = np.concatenate([_QUIET, loud, _QUIET])
-    edges = np.flatnonzero(around[1:] != around[:-1]).tolist()
+        return [], []
+    loud = smoothed > max(noise + _ABOVE_NOISE, peak - _BELOW_PEAK)
+    edges = (np.flatnonzero(loud[1:] != loud[:-1]) + 1).tolist()
+    edges = [*([0] if loud[0] else []), *edges, *([frames] if loud[-1] else [])]
     joined: list[list[int]] = []
     for first, after in zip(edges[::2], edges[1::2], strict=True):
         if joined and first - joined[-1][1] < _PAUSE:
             joined[-1][1] = after
         else:
             joined.append([first, after])
-    kept = np.array([run for run in joined if run[1] - run[0] >= _CLICK], np.float64).reshape(-1, 2)
-    kept[kept[:, 0] == 0, 0] = np.nan
-    kept[kept[:, 1] == len(levels), 1] = np.nan
-    starts, ends = kept.T * FRAME_SECONDS
+    kept = [(first, after) for first, after in joined if after - first >= _CLICK]
+    starts = [first * FRAME_SECONDS if first else math.nan for first, _ in kept]
+    ends = [after * FRAME_SECONDS if after < frames else math.nan for _, after in kept]
     return starts, ends
 
 
