@@ -21,7 +21,7 @@ def changes_waveform(config: AugmentConfig) -> bool:
         config.silence_probability,
         config.lead_seconds,
     )
-    return config.speeds != (1.0,) or config.gain_db != 0 or any(chances)
+    return config.speeds != (1.0,) or config.gain_db != 0 or config.quiet_db != 0 or any(chances)
 
 
 def draw_speed(config: AugmentConfig, rng: np.random.Generator) -> float:
@@ -91,8 +91,10 @@ def augment_audio(
     if noise is not None:
         low, high = config.noise_snr_db
         audio = add_noise(audio, noise, float(rng.uniform(low, high)))
-    gain = 10 ** (rng.uniform(-config.gain_db, config.gain_db) / 20)
-    return (audio * gain).clamp(-1.0, 1.0)
+    gain_db = rng.uniform(-config.gain_db, config.gain_db)
+    if config.quiet_db and rng.random() < 0.5:
+        gain_db -= rng.uniform(0.0, config.quiet_db)
+    return (audio * 10 ** (gain_db / 20)).clamp(-1.0, 1.0)
 
 
 def background(samples: int, noise: torch.Tensor | None, rng: np.random.Generator) -> torch.Tensor:

@@ -134,7 +134,8 @@ class AugmentConfig:
     """What is done to the training audio and its features; everything is drawn per utterance from the seed."""
 
     speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
-    gain_db: float = 6.0
+    gain_db: float = 6.0  # louder or quieter by up to so much
+    quiet_db: float = 0.0  # then half of the utterances are made quieter by up to so much, as distant speakers are
     noise: str = ""
     noise_probability: float = 0.0
     noise_snr_db: tuple[float, ...] = (5.0, 30.0)
@@ -155,7 +156,15 @@ class AugmentConfig:
             _check(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "0 to 1")
         low_high = len(self.noise_snr_db) == 2 and self.noise_snr_db[0] <= self.noise_snr_db[1]
         _check(low_high, "augment.noise_snr_db", self.noise_snr_db, "[lowest, highest]")
-        for name in ("gain_db", "lead_seconds", "time_masks", "time_mask_frames", "band_masks", "band_mask_bands"):
+        for name in (
+            "gain_db",
+            "quiet_db",
+            "lead_seconds",
+            "time_masks",
+            "time_mask_frames",
+            "band_masks",
+            "band_mask_bands",
+        ):
             _check(getattr(self, name) >= 0, f"augment.{name}", getattr(self, name), "at least 0")
         _check(
             self.noise_probability == 0 or self.noise != "", "augment.noise", self.noise,

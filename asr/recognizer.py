@@ -278,12 +278,12 @@ def _search_opener(
     model, words = find_language_model(path)
     lexicon, next_word = find_lexicon(path), find_next_word(path)
 
-    pronunciations = cache(read_pronunciations)  # two networks read one file
+    pronunciations, scorers = cache(read_pronunciations), cache(TextScorer)  # two networks read one file
 
     def open_search(folder: Path, tokens: Sequence[str], phones: Sequence[str]) -> BeamSearch:
         with _no_collection():
             said = pronunciations(lexicon) if lexicon and phones else None
-            scorer = TextScorer(next_word) if next_word and config.network_share else None
+            scorer = scorers(next_word) if next_word and config.network_share else None
             return BeamSearch(model, words, tokens, config, phones, said, scorer, read_priors(folder))
 
     return open_search

@@ -1,9 +1,20 @@
 """Augmentation: repeatable, within its bounds, and doing what its names say."""
 
+import dataclasses
+
 import numpy as np
 import torch
 
-from asr.augment import add_noise, augment_audio, background, change_speed, draw_masks, filter_audio, room_response
+from asr.augment import (
+    add_noise,
+    augment_audio,
+    background,
+    change_speed,
+    changes_waveform,
+    draw_masks,
+    filter_audio,
+    room_response,
+)
 from asr.config import AugmentConfig
 
 BUSY = AugmentConfig(noise="n", noise_probability=1.0, reverberation_probability=1.0, low_pass_probability=1.0)
@@ -40,6 +51,17 @@ def test_noise_is_mixed_at_the_ratio_asked_for() -> None:
     ratio = 10 * torch.log10(clean.square().mean() / added.square().mean())
     assert abs(float(ratio) - 10) < 0.01
     assert torch.equal(add_noise(clean, torch.zeros(10), 10.0), clean)
+
+
+def test_half_of_the_utterances_are_made_quieter() -> None:
+    config = AugmentConfig(gain_db=0.0, quiet_db=24.0)
+    assert changes_waveform(dataclasses.replace(config, speeds=(1.0,)))
+    audio = torch.full((100,), 0.5)
+    gains = np.array(
+        [20 * np.log10(2 * augment_audio(audio, config, np.random.default_rng(i))[0].item()) for i in range(400)]
+    )
+    assert 0.4 < (gains < -0.01).mean() < 0.6
+    assert -24.01 < gains.min() < -20 and gains.max() < 0.01
 
 
 def test_background_is_quiet_noise_or_nothing() -> None:

@@ -36,7 +36,7 @@ def check_inputs(config: TrainConfig, run: Path) -> None:
         if dataset.info["store"] == "features" and changes_waveform(config.augment):
             raise ConfigError(
                 f"{folder}: holds features, so the waveform cannot be augmented; set augment.speeds = [1.0], "
-                "gain_db = 0 and the probabilities to 0, or prepare with --store audio"
+                "gain_db, quiet_db and the probabilities to 0, or prepare with --store audio"
             )
         made_with = dataset.info.get("features", dataclasses.asdict(FeatureConfig()))
         if made_with != dataclasses.asdict(config.features):
