@@ -104,6 +104,7 @@ def evaluate(
     endpoint: bool = False,
     two_pass: bool = False,
     join_seconds: float | None = None,
+    change: Callable[[np.ndarray], np.ndarray] | None = None,
     on_utterance: Callable[[Outcome], None] | None = None,
 ) -> tuple[list[Score], list[Problem]]:
     """Score every manifest, and name the rows and manifests that could not be read.
@@ -114,6 +115,7 @@ def evaluate(
         endpoint: cut each row where an utterance seems to end, as `asr transcribe` does; else score it whole.
         two_pass: with "streaming" and `endpoint`: the offline network reads every segment again.
         join_seconds: score the utterances of each speaker joined to so much audio, with pauses between them.
+        change: what is done to the samples of each row, (n,) at 16 kHz, before it is read.
         on_utterance: is told the outcome of each row, in the order of the manifest.
 
     Raises:
@@ -134,7 +136,7 @@ def evaluate(
             continue
         bad_rows += [Problem(row.where, "no text to score against") for row in rows if row.text is None]
 
-        work = _Work(recognizer, network, cut=endpoint, two_pass=two_pass)
+        work = _Work(recognizer, network, cut=endpoint, two_pass=two_pass, change=change)
         scored = with_text if join_seconds is None else join(with_text, join_seconds)
         outcomes = [
             Outcome(manifest=str(manifest), row=row, transcript=transcript)
@@ -223,9 +225,17 @@ def read_row(row: Utterance) -> np.ndarray:
 class _Work:
     """Recognizes the rows of one manifest and keeps the time."""
 
-    def __init__(self, recognizer: "Recognizer", network: str, *, cut: bool, two_pass: bool) -> None:
+    def __init__(
+        self,
+        recognizer: "Recognizer",
+        network: str,
+        *,
+        cut: bool,
+        two_pass: bool,
+        change: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> None:
         self._recognizer = recognizer
-        self._network = network
+        self._network, self._change = network, change
         self._cut, self._two_pass = cut, two_pass
         self.stability = Stability()
         self.problems: list[Problem] = []
@@ -251,10 +261,11 @@ class _Work:
         if isinstance(row, Joined):
             return row.read(self._read)
         try:
-            return read_row(row)
+            samples = read_row(row)
         except AudioError as error:
             self.problems.append(Problem(row.where, str(error)))
             return None
+        return self._change(samples) if self._change else samples
 
     def _recognize(self, audio: list[np.ndarray]) -> "list[Transcript]":
         recognizer = self._recognizer

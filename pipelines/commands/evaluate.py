@@ -69,6 +69,14 @@ def evaluate(
         list[Path] | None,
         typer.Option(metavar="MODEL", help="--latency: another model beside it; repeatable.", rich_help_panel=_OTHERS),
     ] = None,
+    conditions: Annotated[
+        bool,
+        typer.Option(
+            "--conditions",
+            help="Accuracy when it is quiet, noisy, in a room, on the telephone.",
+            rich_help_panel=_OTHERS,
+        ),
+    ] = False,
     calibrate: Annotated[
         bool,
         typer.Option(
@@ -101,8 +109,10 @@ def evaluate(
     """
     if calibrate and (model is None or latency or two_pass):
         raise typer.BadParameter("--calibrate: of one network of --model MODEL; not with --latency or --two-pass")
-    if latency and times:
-        raise typer.BadParameter("--times and --latency are two measurements: one at a time")
+    if latency + times + conditions > 1:
+        raise typer.BadParameter("--times, --latency and --conditions are measurements of their own: one at a time")
+    if calibrate and conditions:
+        raise typer.BadParameter("--calibrate: on speech as it was recorded, not with --conditions")
     if against and not latency:
         raise typer.BadParameter("--against: only with --latency")
     search = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score, "hot_words": hot_words}
@@ -112,6 +122,8 @@ def evaluate(
     about = f"{network} network of {model or 'the shipped model'}, {decoding} decoding"
     if latency:
         figures, problems = _latency(manifests, options, [model, *(against or ())], report_file, about)
+    elif conditions:
+        figures, problems = _conditions(manifests, options, network)
     elif times:
         figures, problems = _times(manifests, options, network, calibrate)
     else:
@@ -173,6 +185,15 @@ def _latency(
     if report_file is not None:
         _write(report_file, latency_page(results, about))
     return {"results": [result.figures() for result in results]}, problems
+
+
+def _conditions(manifests: Sequence[Path], options: Any, network: str) -> tuple[dict[str, Any], list[Problem]]:
+    from pipelines.conditions import conditions_table, evaluate_conditions
+    from pipelines.evaluate import report
+
+    scores, problems = evaluate_conditions(manifests, options, network)
+    print(conditions_table(scores), end="")
+    return {name: report(of_condition) for name, of_condition in scores.items()}, problems
 
 
 def _times(
