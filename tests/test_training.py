@@ -25,6 +25,7 @@ import asr.training.step
 from asr.config import AugmentConfig, DataConfig, FeatureConfig, ModelConfig, TrainConfig, TrainingConfig, to_toml
 from asr.errors import AsrError, ConfigError
 from asr.models import Network, load_network
+from asr.nn import LookAhead
 from asr.runtime.folder import shipped_model
 from asr.training.checkpoint import average_weights
 from asr.training.data import Batch, Corpus, Loader, Sampler, frames_needed
@@ -350,6 +351,20 @@ def test_init_from_continues_and_refuses_another_shape(tmp_path: Path) -> None:
     other = dataclasses.replace(tone_config(folder, epochs=1, bidirectional=False), init_from=str(first))
     with pytest.raises(ConfigError, match="do not fit"):
         run_training(other, tmp_path / "third")
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+def test_init_from_takes_a_network_of_another_look_ahead(tmp_path: Path, frames: int) -> None:
+    folder = write_corpus(tmp_path / "d", rows=6)
+    config = changed(tone_config(folder, epochs=1, bidirectional=False), "model", look_ahead=2)
+    start = load_network(run_training(config, tmp_path / "first"))
+    other = dataclasses.replace(changed(config, "model", look_ahead=frames), init_from=str(tmp_path / "first" / "best"))
+    network = Trainer(other, tmp_path / "second").network
+    (before,), (after,) = ([x.weight for x in n.layers if isinstance(x, LookAhead)] for n in (start, network))
+    both = min(len(before), len(after))
+    assert len(after) == frames + 1 and torch.equal(after[:both], before[:both]) and not after[both:].any()
+    name = "layers.2.convolution.weight"
+    assert torch.equal(network.state_dict()[name], start.state_dict()[name])
 
 
 def test_the_shipped_network_is_tuned_to_new_tokens(tmp_path: Path) -> None:

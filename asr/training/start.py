@@ -6,10 +6,13 @@ import hashlib
 import json
 from pathlib import Path
 
+from torch.nn import functional as F
+
 from asr.augment import changes_waveform
 from asr.config import FeatureConfig, TrainConfig, load_config
 from asr.errors import ConfigError
 from asr.models import Network, load_network
+from asr.nn import LookAhead
 from asr.training.checkpoint import checkpoints
 from asr.training.shards import ShardDataset
 
@@ -112,7 +115,8 @@ def take_weights(network: Network, start: Network) -> None:
     So does a transducer that `start` does not have, or has with other units.
 
     A network may have more recurrent layers than `start`: those on top, and the output, stay new (Zeyer et al. 2017,
-    https://arxiv.org/abs/1606.06871, train deep stacks so).
+    https://arxiv.org/abs/1606.06871, train deep stacks so). Of another look-ahead, it has the weights for the frames
+    that both see, and zeros for others.
 
     Raises:
         ConfigError: the networks are of different shapes.
@@ -131,11 +135,16 @@ def take_weights(network: Network, start: Network) -> None:
     if network.joint_size != start.joint_size or network.tokenizer.tokens != start.tokenizer.tokens:
         new += ["transducer.", f"layers.{len(network.layers) - 1}.joint."]
     own, theirs = network.state_dict(), start.state_dict()
+    for i, layer in enumerate(start.layers):
+        if isinstance(layer, LookAhead) and (frames := network.config.model.look_ahead):
+            weight = theirs[f"layers.{i}.weight"][: frames + 1]
+            theirs[f"layers.{i}.weight"] = F.pad(weight, (0, 0, 0, frames + 1 - len(weight)))
     wanted = {name: _shifted(name, network, deeper) for name in own if not name.startswith(tuple(new))}
     unfit = [name for name, old in wanted.items() if old not in theirs or theirs[old].shape != own[name].shape]
     if unfit:
         raise ConfigError(
-            f"init_from: {len(unfit)} tensors do not fit, the first is {unfit[0]}; use the same [model], or more layers"
+            f"init_from: {len(unfit)} tensors do not fit, the first is {unfit[0]}; use the same [model], more layers, "
+            "or a longer or shorter look_ahead"
         )
     network.load_state_dict({**own, **{name: theirs[old] for name, old in wanted.items()}})
 
