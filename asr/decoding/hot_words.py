@@ -86,6 +86,10 @@ class Phrases:
                 self._fall[child] = self._follow(self._fall[node], word)
                 queue.append(child)
 
+    def __len__(self) -> int:
+        """How many nodes there are."""
+        return len(self._next)
+
     def step(self, node: int, word: int) -> tuple[int, float]:
         """Read a word at a node: the next node, and what that adds to the score."""
         after = self._follow(node, word)

@@ -1,7 +1,5 @@
 """The model folder: finds what is in it and names what is missing, half-written or of another version."""
 
-import gzip
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +11,10 @@ FORMAT_VERSION = 1
 NETWORKS = ("offline", "streaming")
 PREDICTION_FILE = "prediction.npz"  # in the folder of a network with a transducer
 _GRAPHS = {"int8": "model.int8.onnx", "fp32": "model.onnx"}
-LM_FOLDER, LM_FILE, LM_WORDS, LM_LEXICON = "lm", "lm.arpa.gz", "words.txt.gz", "lexicon.txt.gz"
+LM_FOLDER, LM_FILE, LM_LEXICON = "lm", "lm.npz", "lexicon.txt.gz"
 _PRIORS = "priors.txt"  # of a network
 NEXT_WORD_FOLDER = "next-word"
-_LM_FILES = ("lm.bin", LM_FILE)  # KenLM's binary form is read at once
-_WORD_FILES = (LM_WORDS, "words.txt")  # models of 2026 and earlier have the latter
+_LM_FILES = (LM_FILE, "lm.arpa.gz", "lm.arpa")  # ARPA: of other programs; it takes seconds to read
 _SHIPPED = Path(__file__).parents[1] / "shipped"
 
 
@@ -140,25 +137,17 @@ def find_prediction(network: Path) -> Path:
     return network / PREDICTION_FILE
 
 
-def find_language_model(path: str | Path | None) -> tuple[Path, list[str]]:
-    """The n-gram model of a model folder and its words; None is the shipped model.
+def find_language_model(path: str | Path | None) -> Path:
+    """The n-gram model of a model folder; None is the shipped model.
 
     Raises:
-        ModelError: it has none, or the words cannot be read; the message says how to make it.
+        ModelError: it has none; the message says how to make it.
     """
     folder = shipped_model() if path is None else Path(path)
-    for name, words in itertools.product(_LM_FILES, _WORD_FILES):
-        if (folder / LM_FOLDER / name).is_file() and (folder / LM_FOLDER / words).is_file():
-            return folder / LM_FOLDER / name, _read_words(folder / LM_FOLDER / words)
+    for name in _LM_FILES:
+        if (folder / LM_FOLDER / name).is_file():
+            return folder / LM_FOLDER / name
     raise ModelError(
         f"{folder}: beam search needs a language model, and {LM_FOLDER}/ is missing or incomplete; "
         f"`asr train-lm TEXT --out {folder}` makes one"
     )
-
-
-def _read_words(path: Path) -> list[str]:
-    try:
-        content = path.read_bytes()
-        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode().split()
-    except (OSError, EOFError, ValueError) as error:
-        raise ModelError(f"{path}: not a readable list of words ({error}); `asr train-lm` makes one") from error

@@ -1,10 +1,16 @@
-"""Section "search": our beam search with the language model against flashlight-text called directly. One core."""
+"""Section "search": our beam search with the language model against flashlight-text's, where installed. One core."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from asr.audio import EDGE_SILENCE_SECONDS, SAMPLE_RATE
 from asr.decoding.beam import BeamConfig, BeamSearch
 from asr.decoding.greedy import GreedyDecoder
+from asr.decoding.lexicon_search import LIKELIEST, THRESHOLD
+from asr.decoding.ngram import NgramModel, read_ngrams, write_arpa
 from asr.lexicon import read_pronunciations
 from asr.runtime import load_engine
 from asr.runtime.folder import find_language_model, find_lexicon, phones_at_output
@@ -18,20 +24,14 @@ _BLOCK_FRAMES = 4
 def run(setting: Setting) -> list[Figure]:
     """Times real time on the network's own output."""
     folder = setting.network("offline")
-    model, words = find_language_model(setting.model)
+    model = read_ngrams(find_language_model(setting.model))
+    words, config = model.lexicon, BeamConfig()
     tokens = Tokenizer.load(folder / "tokens.txt").tokens
-    search = BeamSearch(model, words, tokens, BeamConfig())
+    search = BeamSearch(model, words, tokens, config)
     edge = np.zeros(round(EDGE_SILENCE_SECONDS * SAMPLE_RATE), np.float32)
     engine = load_engine(folder)
     padded = [np.concatenate([edge, x, edge]) for x in setting.speech]
     spoken = engine.log_probs(padded)  # type: ignore[union-attr]
-
-    def direct() -> None:
-        """No times, no confidence, no partial text: the words of the best path."""
-        for log_probs in spoken:
-            (running,) = search.start()
-            found = running.search.decode(log_probs.ctypes.data, *log_probs.shape)
-            assert len(found)
 
     def ours(frames: int | None, partial: bool = False) -> None:
         for log_probs in spoken:
@@ -48,8 +48,9 @@ def run(setting: Setting) -> list[Figure]:
             decoder.accept(log_probs)
             decoder.finish()
 
+    decode = _flashlight(model, [word for word in words if set(word) <= set(tokens)], tokens, config)
     parts = {
-        "flashlight-text, called directly": direct,
+        **({} if decode is None else {"flashlight-text, the words of the best path": lambda: decode(spoken)}),
         "ours, whole": lambda: ours(None),
         "ours, 160 ms blocks": lambda: ours(_BLOCK_FRAMES),
         "ours, 160 ms blocks, partial text after each": lambda: ours(_BLOCK_FRAMES, partial=True),
@@ -57,7 +58,7 @@ def run(setting: Setting) -> list[Figure]:
     }
     phones, lexicon = phones_at_output(folder), find_lexicon(setting.model)
     if phones and lexicon:
-        both = BeamSearch(model, words, tokens, BeamConfig(), phones, read_pronunciations(lexicon))
+        both = BeamSearch(model, words, tokens, config, phones, read_pronunciations(lexicon))
         heard = load_engine(folder, phones=True).log_probs(padded)  # type: ignore[union-attr]
 
         def by_sound_too() -> None:
@@ -68,3 +69,37 @@ def run(setting: Setting) -> list[Figure]:
 
         parts["ours, by spelling and by sound, whole"] = by_sound_too
     return interleaved("beam search with language model", "x real time", setting.speech_seconds, parts, setting.rounds)
+
+
+def _flashlight(
+    model: NgramModel, words: Sequence[str], tokens: Sequence[str], config: BeamConfig
+) -> Callable[[Sequence[np.ndarray]], None] | None:
+    """Its search in the same lexicon, with the same n-grams and settings; None where it is not installed."""
+    try:
+        from flashlight.lib.text import decoder as flashlight
+        from flashlight.lib.text.decoder.kenlm import KenLM
+        from flashlight.lib.text.dictionary import Dictionary
+    except ImportError:
+        return None
+    space, dictionary = tokens.index(" "), Dictionary()
+    for word in words:
+        dictionary.add_entry(word)
+    with tempfile.TemporaryDirectory() as folder:
+        write_arpa(model, Path(folder) / "lm.arpa", digits=2)
+        lm = KenLM(str(Path(folder) / "lm.arpa"), dictionary)
+    trie, nothing = flashlight.Trie(len(tokens), space), lm.start(True)
+    for i, word in enumerate(words):
+        trie.insert([*(tokens.index(letter) for letter in word), space], i, lm.score(nothing, i)[1])
+    trie.smear(flashlight.SmearingMode.MAX)
+    options = flashlight.LexiconDecoderOptions(
+        beam_size=config.beam, beam_size_token=min(LIKELIEST, len(tokens)), beam_threshold=THRESHOLD,
+        lm_weight=config.lm_weight, word_score=config.word_score, unk_score=-float("inf"), sil_score=0.0,
+        log_add=False, criterion_type=flashlight.CriterionType.CTC,
+    )  # fmt: skip
+    search = flashlight.LexiconDecoder(options, trie, lm, space, 0, -1, [], False)
+
+    def decode(spoken: Sequence[np.ndarray]) -> None:
+        for log_probs in spoken:
+            assert len(search.decode(log_probs.ctypes.data, *log_probs.shape))
+
+    return decode

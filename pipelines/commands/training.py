@@ -150,6 +150,10 @@ def train_lm(
             help="Add the words of an English dictionary, however rare.", show_default="none", rich_help_panel=NGRAMS
         ),
     ] = None,
+    arpa: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write them as ARPA too, for other programs.", rich_help_panel=NGRAMS),
+    ] = None,
     size: Annotated[
         int | None, typer.Option(min=2, help="Units of the cell.", show_default="256", rich_help_panel=NETWORKS)
     ] = None,
@@ -181,7 +185,7 @@ def train_lm(
     told beside that of n-grams. Run again, it goes on where it stopped.
     """
     if kind != "ngram":
-        _refuse(f"--kind {kind}", prune=prune, lexicon=lexicon)
+        _refuse(f"--kind {kind}", prune=prune, lexicon=lexicon, arpa=arpa)
         from asr.training.next_word import NextWordTraining
         from pipelines.next_word import train_network
 
@@ -215,6 +219,7 @@ def train_lm(
         vocabulary=vocabulary,
         min_count=min_count,
         lexicon="cmudict" if lexicon == "cmudict" else None,
+        arpa=arpa,
     )
     ngrams = " + ".join(f"{n:,}" for n in made.ngrams)
     print(
