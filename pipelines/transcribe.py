@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from asr.endpoint import EndpointConfig
 from asr.errors import AsrError, AudioError, Problem
-from asr.manifest import Utterance
+from asr.manifest import RECORDINGS, Utterance
 from pipelines.decoder import Decode, decode_all, decode_here
 from pipelines.formats import render, render_among_many, write_text
 from pipelines.pool import map_in_order
@@ -19,25 +19,6 @@ from pipelines.progress import meter
 if TYPE_CHECKING:
     from asr.recognizer import Recognizer
 
-# Files of a folder that count as recordings; a file named outright may be called anything.
-AUDIO_SUFFIXES = frozenset(
-    {
-        ".wav",
-        ".flac",
-        ".mp3",
-        ".ogg",
-        ".oga",
-        ".opus",
-        ".aif",
-        ".aiff",
-        ".aifc",
-        ".au",
-        ".snd",
-        ".caf",
-        ".w64",
-    }
-    | {".rf64", ".amr", ".wma", ".m4a", ".aac", ".mp4", ".mkv", ".mov", ".webm", ".3gp"}
-)
 _BYTES_A_SECOND = 16_000  # of a recording, about: the meter guesses lengths by it
 
 
@@ -159,7 +140,7 @@ def transcribe(
     """Transcribe recordings, in the order of `audio` and folders sorted by path; then the rows of manifests.
 
     Args:
-        audio: files, folders that are searched for recordings (`AUDIO_SUFFIXES`), sub-folders too, and manifests
+        audio: files, folders that are searched for recordings (`RECORDINGS`), sub-folders too, and manifests
             (`pipelines.predictions.is_manifest`), each row of which is a result.
         network: "offline" or "streaming".
         format: of recordings, one of `pipelines.formats.FORMATS`; rows become JSON Lines with `pred_text`.
@@ -248,7 +229,7 @@ def find_audio(paths: Sequence[Path]) -> tuple[list[tuple[Path, Path]], list[Pro
         if not path.is_dir():
             found.append((path, Path(path.name)))
             continue
-        inside = sorted(f for f in path.rglob("*") if f.suffix.lower() in AUDIO_SUFFIXES and f.is_file())
+        inside = sorted(f for f in path.rglob("*") if f.suffix.lower() in RECORDINGS and f.is_file())
         if not inside:
             problems.append(Problem(str(path), "no recordings in this folder (looked for .wav, .flac, .mp3 ...)"))
         found += [(f, f.relative_to(path)) for f in inside]

@@ -16,7 +16,7 @@ import soxr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from asr.audio import Resampler, audio_blocks, audio_duration, read_audio, to_float
+from asr.audio import Resampler, audio_blocks, read_audio, to_float
 from asr.errors import AudioError
 
 FORMATS = [
@@ -80,7 +80,6 @@ def test_16_bit_wav_comes_back_exactly(tmp_path):
 def test_formats(tmp_path, suffix, subtype, least):
     path = write(tmp_path / f"a.{suffix}", tone(2.0), subtype=subtype)
     got = read_audio(path)
-    assert audio_duration(path) == pytest.approx(2.0, abs=0.001)
     assert len(got) == 32_000
     assert decibels(got[1600:-1600], tone(2.0)[1600:-1600]) > least
 
@@ -283,7 +282,6 @@ def test_wav_of_undeclared_size_is_read_to_its_end(tmp_path, size):
     data[4:8] = struct.pack("<I", min(size + 36, 0xFFFF_FFFF))
     path.write_bytes(data)
     np.testing.assert_array_equal(read_audio(path), read_audio(write(tmp_path / "b.wav", tone(1.0))))
-    assert audio_duration(path) == 1.0
 
 
 def test_wav_with_chunks_around_the_audio(tmp_path):
@@ -384,7 +382,6 @@ def test_ffmpeg_streams(tmp_path, monkeypatch):
     whole = read_audio(path)
     assert decibels(whole[800:-800], tone(2.5)[800:-800] / 2) > 80
     np.testing.assert_array_equal(joined(path, block_seconds=0.3), whole)
-    assert audio_duration(path) == 2.5
     part = read_audio(path, offset=1.0, duration=0.5)
     np.testing.assert_allclose(part[800:-800], whole[16_800:23_200], atol=1e-6)
 

@@ -25,8 +25,8 @@ def tones(*hertz: float, samples: int = 16_000) -> np.ndarray:
     return np.sum([0.1 * np.sin(2 * np.pi * f * time) for f in hertz], axis=0).astype(np.float32)
 
 
-def decibels(power: float) -> float:
-    return 10 * np.log10(power)
+def decibels(power: float | np.floating) -> float:
+    return 10 * float(np.log10(power))
 
 
 def share_above(samples: np.ndarray, hertz: float) -> float:
@@ -82,4 +82,6 @@ def test_the_command_scores_each_condition_the_same_each_time(
 
 def test_one_measurement_at_a_time(tmp_path: Path) -> None:
     assert run(tmp_path / "m.jsonl", "--conditions", "--times") == 2
+    for others in (["--two-pass"], ["--join", "6"], ["--report", tmp_path / "page.html"]):
+        assert run(tmp_path / "m.jsonl", "--conditions", *others) == 2
     assert run(tmp_path / "m.jsonl", "--conditions", "--calibrate", "--model", "m") == 2

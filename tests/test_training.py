@@ -33,7 +33,7 @@ from asr.training.dry_run import dry_run
 from asr.training.loop import Trainer, run_training
 from asr.training.ranks import RankError, Ranks, Stragglers
 from asr.training.shards import ShardDataset, write_shard
-from asr.training.step import ctc, divergence, learning_rate
+from asr.training.step import Losses, ctc, divergence, learning_rate
 
 WORDS = {"low": 200.0, "mid": 800.0, "high": 2_400.0}
 
@@ -212,6 +212,7 @@ def test_consistency_weighs_how_far_two_views_are_apart(tmp_path: Path) -> None:
     trainer = Trainer(config, tmp_path / "run")
     batch = trainer.loader.batch(trainer.sampler.epoch(0)[0], 0)
     losses = trainer.losses.eval()  # no dropout: the views differ by their masks alone
+    assert isinstance(losses, Losses)
 
     def loss(batch: Batch, weight: float) -> float:
         losses.consistency_weight = weight

@@ -6,7 +6,6 @@ search finds is weighed by both, as each hears words that the other misses, and 
 
 import itertools
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -32,7 +31,7 @@ _LOOKBACK_FRAMES = 250
 _BY_PHONES, _WEIGHED = (0.87, -0.5), 1.0
 _SHARPNESS = 0.3  # of the probabilities that scores stand for: as they are, the best text would be all but certain
 _HEARD = 0.1  # exponent of the tokens' probabilities in a word's confidence: many right words were hardly heard
-_CANDIDATES = 50  # of each search, that are weighed by tokens and phones
+_CANDIDATES = 20  # of each search, that are weighed by tokens and phones
 # A word without a pronunciation: any phones will do, so many for a letter, each a little worse than the likeliest one.
 _PHONES_PER_LETTER, _ANY_PHONE = 0.85, -1.0
 _WAYS = 4  # of a text's pronunciations, that are tried
@@ -254,9 +253,8 @@ class _Said:
         known = [pair for pair in pronunciations if pair[0] in words and pair[1]]
         known.sort(key=lambda pair: pair[1])
         self.any_phone = len(phones)
-        number = defaultdict(int, {phone: i for i, phone in enumerate(phones)})
         ways = [way for _, way in known]
-        codes = np.fromiter(map(number.__getitem__, " ".join(ways).split()), np.int64)
+        codes = _numbers_of(" ".join(ways), phones)
         lengths = np.array([way.count(" ") + 1 for way in ways], np.int64)
         owners = np.array([words[word] for word, _ in known], np.int64)
         complete = np.minimum.reduceat(codes, np.cumsum(lengths) - lengths) > 0 if ways else np.zeros(0, bool)
@@ -270,6 +268,25 @@ class _Said:
         """The ways to say a word; none, where none is known."""
         found = self._order[slice(*np.searchsorted(self._sorted, (word, word + 1)))]
         return [self.phones[self._starts[i] : self._starts[i] + self.lengths[i]].tolist() for i in found]
+
+
+def _numbers_of(said: str, phones: Sequence[str]) -> np.ndarray:
+    """The number of each phone of a text, parted by single spaces; 0 for one that is not among `phones`.
+
+    A million of them, which a dictionary would take a fifth of a second to look up.
+    """
+    text = np.frombuffer(f" {said} ".encode(), np.uint8)
+    spaces = np.flatnonzero(text == ord(" "))
+    lengths = np.diff(spaces) - 1
+    names = np.zeros((len(lengths), 8), np.uint8)  # phones are called by at most so many bytes
+    for i in range(min(int(lengths.max(initial=0)), 8)):
+        longer = np.flatnonzero(lengths > i)
+        names[longer, i] = text[spaces[longer] + 1 + i]
+    wanted = np.array([phone.encode()[:8].ljust(8, b"\0") for phone in phones]).view(np.uint64)
+    order = np.argsort(wanted)
+    asked = names.view(np.uint64)[:, 0]
+    place = order[np.minimum(np.searchsorted(wanted[order], asked), len(order) - 1)]
+    return np.where((wanted[place] == asked) & (lengths > 0), place, 0)
 
 
 def _codes(texts: Sequence[str], index: Mapping[str, int]) -> np.ndarray:

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -281,26 +280,44 @@ def write_ngrams(model: NgramModel, path: Path, *, digits: int = 2) -> None:
         digits: behind the point of base-10 logarithms.
     """
     arrays = {"version": np.array(_VERSION), "digits": np.array(digits), "orders": np.array(len(model.orders))}
-    arrays["words"] = np.frombuffer("\n".join(model.words).encode(), np.uint8)[:, None]
+    arrays["words"] = np.frombuffer("\n".join(model.words).encode(), np.uint8)
     scale = 10**digits / _LOG10
     for n, grams in enumerate(model.orders, start=1):
         below = len(model.orders[n - 2]) if n > 1 else 1
-        arrays[f"{n}.children"] = np.bincount(grams.prefix, minlength=below).astype(np.uint32)
         first = np.append(True, grams.prefix[1:] != grams.prefix[:-1])
-        arrays[f"{n}.word"] = np.where(first, grams.word, np.diff(grams.word, prepend=0)).astype(np.uint32)
+        arrays[f"{n}.children"] = _planes(np.bincount(grams.prefix, minlength=below))
+        arrays[f"{n}.word"] = _planes(np.where(first, grams.word, np.diff(grams.word, prepend=0)))
         for name in ("log_prob", "log_backoff"):
             values = np.nan_to_num(getattr(grams, name), neginf=-99 * _LOG10)
-            arrays[f"{n}.{name}"] = np.maximum(np.rint(values * scale), -99 * 10**digits).astype(np.int32)
+            whole = np.maximum(np.rint(values * scale), -99 * 10**digits).astype(np.int64)
+            least = whole.min(initial=0)
+            arrays[f"{n}.{name}"], arrays[f"{n}.{name}.least"] = _planes(whole - least), least
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file:
         for name, array in arrays.items():
             content = io.BytesIO()
-            # the high bytes of all numbers together: nearly all of them are alike
-            np.save(content, array if array.ndim == 0 else array.view(np.uint8).reshape(len(array), -1).T.copy())
-            file.writestr(
-                zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), content.getvalue(), zipfile.ZIP_DEFLATED
-            )
+            np.save(content, array)
+            about = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
+            file.writestr(about, content.getvalue(), zipfile.ZIP_DEFLATED, 9)
     write_atomically(path, packed.getvalue())
+
+
+def _planes(numbers: np.ndarray) -> np.ndarray:
+    """Numbers from 0 up as bytes, (bytes, n), the lowest first: as many as are needed; the high ones pack well."""
+    count = (int(numbers.max(initial=0)).bit_length() + 7) // 8
+    return (
+        np.stack([(numbers >> 8 * i).astype(np.uint8) for i in range(count)])
+        if count
+        else np.zeros((0, len(numbers)), np.uint8)
+    )
+
+
+def _numbers(planes: np.ndarray) -> np.ndarray:
+    """What `_planes` made bytes of, int64 (n,)."""
+    numbers = np.zeros(planes.shape[1], np.int64)
+    for i, plane in enumerate(planes):
+        numbers |= plane.astype(np.int64) << 8 * i
+    return numbers
 
 
 def read_ngrams(path: Path) -> NgramModel:
@@ -328,18 +345,18 @@ def _read_packed(path: Path) -> NgramModel:
     scale = _LOG10 / 10 ** int(arrays["digits"])
     words = tuple(arrays["words"].tobytes().decode().split("\n"))
 
-    def numbers(name: str, kind: Any) -> np.ndarray:
-        return np.ascontiguousarray(arrays[name].T).view(kind)[:, 0].astype(np.int64)
-
     orders: list[Grams] = []
     for n in range(1, int(arrays["orders"]) + 1):
-        children, deltas = numbers(f"{n}.children", np.uint32), numbers(f"{n}.word", np.uint32)
+        children, deltas = _numbers(arrays[f"{n}.children"]), _numbers(arrays[f"{n}.word"])
         prefix = np.repeat(np.arange(len(children)), children)
         starts = np.cumsum(children) - children
         sums = np.cumsum(deltas)
         before = np.where(starts > 0, sums[np.maximum(starts, 1) - 1], 0)
         word = sums - np.repeat(before, children)
-        log_prob, log_backoff = (numbers(f"{n}.{name}", np.int32) * scale for name in ("log_prob", "log_backoff"))
+        log_prob, log_backoff = (
+            (_numbers(arrays[name]) + int(arrays[f"{name}.least"])) * scale
+            for name in (f"{n}.log_prob", f"{n}.log_backoff")
+        )
         suffix = np.zeros(len(word), np.int64) if n == 1 else word
         if n > 2:
             suffix = _child(orders[-1], orders[-1].suffix[prefix], word, len(words))

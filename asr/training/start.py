@@ -144,7 +144,7 @@ def take_weights(network: Network, start: Network) -> None:
     if unfit:
         raise ConfigError(
             f"init_from: {len(unfit)} tensors do not fit, the first is {unfit[0]}; use the same [model], more layers, "
-            "or a longer or shorter look_ahead"
+            "or another look_ahead, if both have one"
         )
     network.load_state_dict({**own, **{name: theirs[old] for name, old in wanted.items()}})
 

@@ -85,11 +85,10 @@ class Losses(nn.Module):
             total = total + self.consistency_weight * spread
         for name in ("phones", "final phones"):
             if name in auxiliary and self.phone_weight:
-                phone_loss = ctc(auxiliary[name], frames, batch.phones, batch.phone_lengths, batch.phone_lengths > 0)
+                known = batch.phone_lengths > 0
+                phone_loss = ctc(auxiliary[name], frames, batch.phones, batch.phone_lengths, known)
                 if views > 1:
-                    phone_loss = phone_loss + self.consistency_weight * divergence(
-                        auxiliary[name], frames, batch.counts
-                    )
+                    phone_loss = phone_loss + self.consistency_weight * divergence(auxiliary[name], frames, known)
                 total = total + self.phone_weight * phone_loss / max(batch.phone_count, 1)
         if "states" in auxiliary and self.alignment_weight:
             states = auxiliary["states"].float().transpose(1, 2)

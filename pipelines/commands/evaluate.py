@@ -113,6 +113,15 @@ def evaluate(
         raise typer.BadParameter("--times, --latency and --conditions are measurements of their own: one at a time")
     if calibrate and conditions:
         raise typer.BadParameter("--calibrate: on speech as it was recorded, not with --conditions")
+    others = {
+        "show": show,
+        "endpoint": endpoint,
+        "two-pass": two_pass,
+        "join": join,
+        "report": report_file and not latency,
+    }
+    if latency + times + conditions and (unused := [f"--{name}" for name, value in others.items() if value]):
+        raise typer.BadParameter(f"{', '.join(unused)}: not with --times, --latency or --conditions")
     if against and not latency:
         raise typer.BadParameter("--against: only with --latency")
     search = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score, "hot_words": hot_words}
@@ -192,7 +201,8 @@ def _conditions(manifests: Sequence[Path], options: Any, network: str) -> tuple[
     from pipelines.evaluate import report
 
     scores, problems = evaluate_conditions(manifests, options, network)
-    print(conditions_table(scores), end="")
+    if any(scores.values()):
+        print(conditions_table(scores), end="")
     return {name: report(of_condition) for name, of_condition in scores.items()}, problems
 
 

@@ -110,8 +110,9 @@ def train(
     chosen, folder = load_config(config, set_values or []), out or Path("runs") / config.stem
     if dry_run:
         from asr.training.dry_run import dry_run as estimate
+        from asr.training.start import with_absolute_paths
 
-        print(estimate(chosen, folder))
+        print(estimate(with_absolute_paths(chosen), folder))
         return
     from pipelines.train import train as run
 
