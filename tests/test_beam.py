@@ -98,18 +98,33 @@ TINY = ("<blank>", " ", "a", "b")
 @given(st.integers(0, 10**6), st.integers(0, 6))
 def test_a_wide_beam_without_a_model_finds_the_best_of_all_paths(lm: LanguageModel, seed: int, count: int) -> None:
     lexicon = ("a", "ab", "bab", "bb")
-    search = BeamSearch(lm[0], lexicon, TINY, BeamConfig(beam=5000, lm_weight=0.0, word_score=0.0))
+    search = BeamSearch(lm[0], lexicon, TINY, BeamConfig(beam=5000, lm_weight=0.0, word_score=0.0, nbest=6))
     log_probs = random_frames(seed, count, len(TINY))
-    best = max(
-        (float(log_probs[np.arange(count), list(path)].sum()), collapse(path))
-        for path in itertools.product(range(len(TINY)), repeat=count)
-        if set(collapse(path).split()) <= set(lexicon)
-    )
+    best: dict[str, float] = {}  # of all paths that say a text
+    for path in itertools.product(range(len(TINY)), repeat=count):
+        words = collapse(path).split()
+        if set(words) <= set(lexicon):
+            score = float(log_probs[np.arange(count), list(path)].sum())
+            best[" ".join(words)] = max(score, best.get(" ".join(words), -math.inf))
     decoder = search()
     decoder.accept(log_probs)
-    (found,) = decoder.finish()
-    assert text(found.tokens, TINY) == " ".join(best[1].split())
-    assert found.score == pytest.approx(best[0], abs=1e-4)
+    found = decoder.finish()
+    assert found[0].score == pytest.approx(max(best.values()), abs=1e-4)
+    for hypothesis in found:  # of the others it need not have seen the best path
+        assert hypothesis.score <= best[text(hypothesis.tokens, TINY)] + 1e-4
+
+
+def test_what_gave_way_to_a_likelier_beginning_is_still_among_the_n_best(lm: LanguageModel) -> None:
+    """After two words in common nothing tells two hypotheses apart but the words before."""
+    heard = np.log(0.6 * np.exp(frames("_be_e_ to be or not_")) + 0.4 * np.exp(frames("_se_e_ to be or not_")))
+    search = BeamSearch(*lm, TOKENS, BeamConfig(beam=50, lm_weight=0.5, nbest=2))
+    decoder = search()
+    decoder.accept(heard.astype(np.float32))
+    first, second = decoder.finish()
+    assert (text(first.tokens), text(second.tokens)) == ("bee to be or not", "see to be or not")
+    alone = BeamSearch(lm[0], [word for word in lm[1] if word != "bee"], TOKENS, BeamConfig(beam=50, lm_weight=0.5))()
+    alone.accept(heard.astype(np.float32))
+    assert second.score == pytest.approx(alone.finish()[0].score, abs=1e-4)
 
 
 def test_torchaudios_decoder_finds_the_same(lm: LanguageModel, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ search finds is weighed by both, as each hears words that the other misses, and 
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -27,8 +27,8 @@ _COMMON_WORDS = 1000  # on the way to their end, hot words count as no more like
 _COMMIT_FRAMES = 1500
 _LOOKBACK_FRAMES = 250
 # The search by phones takes the language model's weight times this, and adds that to a word's score: there are fewer
-# phones than letters. And candidates are weighed by all their alignments, where a search follows the best one.
-_BY_PHONES, _WEIGHED = (0.87, -0.5), 1.0
+# phones than letters.
+_BY_PHONES = (0.87, -0.5)
 _SHARPNESS = 0.3  # of the probabilities that scores stand for: as they are, the best text would be all but certain
 _HEARD = 0.1  # exponent of the tokens' probabilities in a word's confidence: many right words were hardly heard
 _CANDIDATES = 20  # of each search, that are weighed by tokens and phones
@@ -39,7 +39,7 @@ _WAYS = 4  # of a text's pronunciations, that are tried
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BeamConfig:
-    """How to search; the weights were tuned on 172 to 240 utterances of three dev sets, at 28 % CER (docs/trials.md).
+    """How to search; the weights were tuned on 180 to 240 utterances of three dev sets, at 28 % CER (docs/trials.md).
 
     Attributes:
         beam: hypotheses that are kept at each frame.
@@ -53,10 +53,10 @@ class BeamConfig:
         hot_words: phrases to expect, with what each adds to the score (natural log) of a text that has it.
     """
 
-    beam: int = 250
-    lm_weight: float = 2.75
+    beam: int = 400
+    lm_weight: float = 2.5
     word_score: float = 0.5
-    phone_share: float = 0.8
+    phone_share: float = 0.85
     prior_weight: float = 0.5
     network_share: float = 0.6
     nbest: int = 1
@@ -191,7 +191,7 @@ class BeamSearch:
         if share > 0:
             heard += share * self._by_phones(log_probs[:, self.vocab_size :], texts)
         said = self._language(texts)
-        total = heard + config.lm_weight * said + (config.word_score + _WEIGHED) * lengths
+        total = heard + config.lm_weight * said + config.word_score * lengths
         return dict(zip(texts, total.tolist(), strict=True))
 
     def _by_phones(self, phones: np.ndarray, texts: Sequence[tuple[int, ...]]) -> np.ndarray:
@@ -337,14 +337,19 @@ class BeamDecoder:
         end = np.full((1, self._search.vocab_size), IMPOSSIBLE, np.float32)
         end[0, [BLANK, self._search.space]] = 0.0
         by_tokens.read(end)
-        found, nbest = by_tokens.finish(), self._search.config.nbest
-        if not self._search.weighs or not self._frames:
-            return [Hypothesis((*self.written, *self._spans(h.labels)), h.score) for h in found[:nbest]]
-        found = found[:_CANDIDATES]
-        for running in by_phones:
-            found += running.finish()[:_CANDIDATES]
-        texts = sorted({h.words for h in found})
+        nbest = self._search.config.nbest
+        if not self._frames:
+            return [Hypothesis((*self.written,), found.score) for found in by_tokens.finish(nbest)]
         log_probs = np.concatenate(self._blocks)
+        if not self._search.weighs:
+            letters = log_probs[:, : self._search.vocab_size]
+            return [
+                Hypothesis(
+                    (*self.written, *self._later(align(letters, self._search.spelling(found.words)))), found.score
+                )
+                for found in by_tokens.finish(nbest)
+            ]
+        texts = sorted({found.words for running in (by_tokens, *by_phones) for found in running.finish(_CANDIDATES)})
         weighed = self._search.weigh(log_probs + self._search.offsets, texts)
         possible = sorted((words for words in weighed if weighed[words] > -np.inf), key=lambda words: -weighed[words])
         return [
@@ -367,11 +372,15 @@ class BeamDecoder:
         for word, share in zip(words, shares, strict=True):
             letters = len(self._search.letters(word))
             of_tokens += [*([1.0] if of_tokens else []), *[share ** (1 / letters)] * letters]
-        first = self._first
         return [
-            TokenSpan(s.token, first + s.start_frame, first + s.end_frame, s.confidence**_HEARD * share)
-            for s, share in zip(found, of_tokens, strict=True)
+            replace(span, confidence=span.confidence**_HEARD * share)
+            for span, share in zip(self._later(found), of_tokens, strict=True)
         ]
+
+    def _later(self, spans: Sequence[TokenSpan]) -> list[TokenSpan]:
+        """Spans that begin where nothing is committed any more, as those of the segment."""
+        first = self._first
+        return [TokenSpan(s.token, first + s.start_frame, first + s.end_frame, s.confidence) for s in spans]
 
     def _search_so_far(self) -> list[Running]:
         if self._running is None:

@@ -3,6 +3,7 @@
 Hypotheses are rows of arrays: all of them take each frame together.
 """
 
+import heapq
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from asr.decoding.language_model import Scorer
 
 BLANK = 0
 IMPOSSIBLE = -1e4  # instead of minus infinity, where a pronunciation has more phones than there are frames
-THRESHOLD = 15.0  # hypotheses so far (natural log) behind the best are dropped
+THRESHOLD = 18.0  # hypotheses so far (natural log) behind the best are dropped
 LIKELIEST = 10  # labels that are tried at a frame: a third of the work, and no more errors (docs/trials.md)
 _NONE = -1
 
@@ -77,25 +78,44 @@ class Lexicon:
 
 
 class Found(NamedTuple):
-    """A text that a search has found: its words, its score, and the label of each frame on its best path."""
+    """A text that a search has found, by its words, and its score."""
 
     words: tuple[int, ...]
     score: float
-    labels: np.ndarray
+
+
+class _Frame(NamedTuple):
+    """What led to the hypotheses that were kept at a frame.
+
+    Attributes:
+        old: of each, which of the frame before it was; label: that it read; word: that ended, or _NONE; text: the
+            number of its words so far.
+        other: hypotheses that gave way to one of those, as they were alike but for the words before: which one, which
+            of the frame before, what word ended, and how much worse they were; the numbers of four arrays.
+    """
+
+    old: np.ndarray
+    label: np.ndarray
+    word: np.ndarray
+    text: np.ndarray
+    other: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 class Running:
     """A search in the middle of a segment.
 
     A hypothesis is where it stands in the tree, the language model's state, and the label of the frame before, which is
-    the blank or may go on; of two alike in all that, the better one is kept.
+    the blank or may go on. Of those alike in all that, what follows is the same: the best one goes on, and the others
+    are remembered, for the texts that they stand for.
     """
 
     def __init__(self, lexicon: Lexicon, scorer: Scorer) -> None:
-        self.scorer, self._lexicon = scorer, lexicon
+        self._scorer, self._lexicon = scorer, lexicon
         self._score, self._node = np.zeros(1), np.zeros(1, np.int64)
         self._state, self._last = np.array([scorer.start]), np.array([BLANK])
-        self._frames: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # where from, label, word or none
+        self._frames: list[_Frame] = []
+        self._text = np.zeros(1, np.int64)  # of each hypothesis, a number for its words so far
+        self._texts: dict[tuple[int, int], int] = {}  # the number of a text and one more word
 
     def read(self, log_probs: np.ndarray) -> None:
         """Take the next frames, (frames, tokens + phones)."""
@@ -115,20 +135,15 @@ class Running:
         # and the words that end there
         of, place = _ranges(lexicon.first_word[child], lexicon.words[child])
         word = lexicon.word[place]
-        said, after = self.scorer.step(state[whose[of]], word)
+        said, after = self._scorer.step(state[whose[of]], word)
         # the same label goes on; or a blank; or, between words, a silence
         same, everyone = np.flatnonzero(last != BLANK), np.arange(len(score))
         still = np.flatnonzero((node == 0) & (last != lexicon.silence)) if lexicon.silence is not None else same[:0]
+        silence = lexicon.silence or BLANK
 
         old = np.concatenate([whose[inner], whose[of], same, everyone, still])
         labels = np.concatenate(
-            [
-                label[inner],
-                label[of],
-                last[same],
-                np.zeros(len(everyone), np.int64),
-                np.full(len(still), lexicon.silence or 0),
-            ]
+            [label[inner], label[of], last[same], np.full(len(everyone), BLANK), np.full(len(still), silence)]
         )
         scores = np.concatenate(
             [
@@ -136,7 +151,7 @@ class Running:
                 base[of] + lexicon.lm_weight * said + lexicon.word_score,
                 score[same] + frame[last[same]],
                 score + frame[BLANK],
-                score[still] + frame[lexicon.silence or 0],
+                score[still] + frame[silence],
             ]
         )
         nodes, states, words = node[old], state[old], np.full(len(old), _NONE)
@@ -145,41 +160,83 @@ class Running:
 
         near = np.flatnonzero(scores > scores.max() - THRESHOLD)
         near = near[np.argsort(-scores[near], kind="stable")]
-        _, first = np.unique(_keys(states[near], nodes[near], labels[near]), return_index=True)
-        kept = near[np.sort(first)[: lexicon.beam]]  # of those alike, the best; of them all, the best ones
+        _, first, group = np.unique(
+            _keys(states[near], nodes[near], labels[near]), return_index=True, return_inverse=True
+        )
+        best = np.sort(first)[: lexicon.beam]  # of those alike, the best; of them all, the best ones
+        kept = near[best]
+        # those that gave way, and say something else
+        winner = first[group]
+        saying = self._text[old[near]] * (int(words.max(initial=0)) + 2) + words[near]
+        other = np.flatnonzero((saying != saying[winner]) & (winner <= best[-1]))
+        to = np.searchsorted(best, winner[other])
+        lost = near[other]
+        others = (to, old[lost], words[lost], scores[near[winner[other]]] - scores[lost])
+        text = self._text[old[kept]]
+        for i in np.flatnonzero(words[kept] != _NONE).tolist():
+            text[i] = self._longer(int(text[i]), int(words[kept[i]]))
         self._score, self._node, self._state, self._last = scores[kept], nodes[kept], states[kept], labels[kept]
-        self._frames.append((old[kept], labels[kept], words[kept]))
+        self._text = text
+        self._frames.append(_Frame(old[kept], labels[kept], words[kept], text, others))
+
+    def _longer(self, text: int, word: int) -> int:
+        return self._texts.setdefault((text, word), len(self._texts) + 1)
 
     def best(self) -> np.ndarray:
         """The label of each frame on the best path so far; the last word may be unfinished."""
         labels = np.zeros(len(self._frames), np.int64)
         at = 0
         for i in range(len(self._frames) - 1, -1, -1):
-            came, said, _ = self._frames[i]
-            labels[i], at = said[at], came[at]
+            labels[i], at = self._frames[i].label[at], self._frames[i].old[at]
         return labels
 
-    def finish(self) -> list[Found]:
-        """The texts that were found, the best first; none of unfinished words, if any has none."""
+    def finish(self, most: int) -> list[Found]:
+        """At most so many texts, the best first; none of unfinished words, if any has none.
+
+        The first is the best that the beam held. The score of another may be that of less than its best path.
+        """
         whole = np.flatnonzero(self._node == 0)
         at = whole if len(whole) else np.arange(len(self._node))
-        scores = self._score[at] + self._lexicon.lm_weight * self.scorer.finish(self._state[at])
-        order = np.argsort(-scores, kind="stable")
-        at, scores = at[order], scores[order]
-        labels = np.zeros((len(at), len(self._frames)), np.int64)
-        texts: list[list[int]] = [[] for _ in at]
-        for i in range(len(self._frames) - 1, -1, -1):
-            came, said, words = self._frames[i]
-            labels[:, i] = said[at]
-            here = words[at]
-            for row in np.flatnonzero(here != _NONE).tolist():
-                texts[row].append(int(here[row]))
-            at = came[at]
+        scores = self._score[at] + self._lexicon.lm_weight * self._scorer.finish(self._state[at])
+        # Backwards from the end, the best way first. Up to where one hypothesis gave way to another both are what they
+        # are; from there on a way takes the one that gave way, and loses what that was worse by.
+        ways: list[tuple[float, int, int, tuple[int, ...]]]
+        ways = [(-score, len(self._frames), i, ()) for i, score in zip(at.tolist(), scores.tolist(), strict=True)]
+        heapq.heapify(ways)
+        frames = [_Lists.of(frame) for frame in self._frames]
         found: dict[tuple[int, ...], Found] = {}
-        for text, value, row in zip(texts, scores.tolist(), labels, strict=True):
-            said = tuple(reversed(text))
-            found.setdefault(said, Found(said, value, row))
+        seen: set[tuple[int, tuple[int, ...]]] = set()
+        while ways and len(found) < most:
+            less, t, i, words = heapq.heappop(ways)
+            said = (frames[t - 1].text[i] if t else 0, words)
+            if said in seen:
+                continue
+            seen.add(said)
+            while t:
+                t -= 1
+                old, word, _, others = frames[t]
+                for came, ended, lost in others.get(i, ()):
+                    heapq.heappush(ways, (less + lost, t, came, words if ended == _NONE else (ended, *words)))
+                words = words if word[i] == _NONE else (word[i], *words)
+                i = old[i]
+            found.setdefault(words, Found(words, -less))
         return list(found.values())
+
+
+class _Lists(NamedTuple):
+    """A _Frame for a walk of single steps."""
+
+    old: list[int]
+    word: list[int]
+    text: list[int]
+    others: dict[int, list[tuple[int, int, float]]]
+
+    @classmethod
+    def of(cls, frame: _Frame) -> "_Lists":
+        others: dict[int, list[tuple[int, int, float]]] = {}
+        for to, came, ended, lost in zip(*(part.tolist() for part in frame.other), strict=True):
+            others.setdefault(to, []).append((came, ended, lost))
+        return cls(frame.old.tolist(), frame.word.tolist(), frame.text.tolist(), others)
 
 
 def _ranges(first: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
