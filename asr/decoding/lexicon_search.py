@@ -115,6 +115,7 @@ class Running:
         self._state, self._last = np.array([scorer.start]), np.array([BLANK])
         self._frames: list[_Frame] = []
         self._text = np.zeros(1, np.int64)  # of each hypothesis, a number for its words so far
+        self._above, self._ended = np.array([_NONE]), np.array([_NONE])  # that of all but the last word, and that word
         self._texts: dict[tuple[int, int], int] = {}  # the number of a text and one more word
 
     def read(self, log_probs: np.ndarray) -> None:
@@ -166,21 +167,22 @@ class Running:
         best = np.sort(first)[: lexicon.beam]  # of those alike, the best; of them all, the best ones
         kept = near[best]
         # those that gave way, and say something else
+        goes_on = words[near] == _NONE
+        above = np.where(goes_on, self._above[old[near]], self._text[old[near]])
+        ended = np.where(goes_on, self._ended[old[near]], words[near])
         winner = first[group]
-        saying = self._text[old[near]] * (int(words.max(initial=0)) + 2) + words[near]
-        other = np.flatnonzero((saying != saying[winner]) & (winner <= best[-1]))
-        to = np.searchsorted(best, winner[other])
-        lost = near[other]
+        differ = (above != above[winner]) | (ended != ended[winner])
+        other = np.flatnonzero(differ & (winner <= best[-1]))
+        lost, to = near[other], np.searchsorted(best, winner[other])
         others = (to, old[lost], words[lost], scores[near[winner[other]]] - scores[lost])
         text = self._text[old[kept]]
         for i in np.flatnonzero(words[kept] != _NONE).tolist():
-            text[i] = self._longer(int(text[i]), int(words[kept[i]]))
+            text[i] = self._texts.setdefault((int(text[i]), int(words[kept[i]])), len(self._texts) + 1)
+        self._above, self._ended = above[best], ended[best]
         self._score, self._node, self._state, self._last = scores[kept], nodes[kept], states[kept], labels[kept]
         self._text = text
-        self._frames.append(_Frame(old[kept], labels[kept], words[kept], text, others))
-
-    def _longer(self, text: int, word: int) -> int:
-        return self._texts.setdefault((text, word), len(self._texts) + 1)
+        came, label, word, text = (part.astype(np.int32) for part in (old[kept], labels[kept], words[kept], text))
+        self._frames.append(_Frame(came, label, word, text, others))
 
     def best(self) -> np.ndarray:
         """The label of each frame on the best path so far; the last word may be unfinished."""
