@@ -58,7 +58,7 @@ class BeamConfig:
     word_score: float = 0.5
     phone_share: float = 0.85
     prior_weight: float = 0.5
-    network_share: float = 0.6
+    network_share: float = 0.7
     nbest: int = 1
     hot_words: Mapping[str, float] = field(default_factory=dict)
 
