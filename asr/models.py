@@ -28,10 +28,8 @@ from asr.nn import (
 )
 from asr.nn.layer import valid
 from asr.nn.transducer import Transducer
-from asr.runtime.folder import PREDICTION_FILE, read_priors, write_priors
+from asr.runtime.folder import FORMAT_VERSION, PREDICTION_FILE, read_priors, write_priors
 from asr.text import Tokenizer
-
-FORMAT_VERSION = 1
 
 
 class Output(StreamingLayer):

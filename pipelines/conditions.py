@@ -32,8 +32,7 @@ def telephone(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def noisy(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """With pink noise, as of a fan or a street; both by their mean power."""
-    spectrum = np.fft.rfft(rng.standard_normal(len(samples)))
-    noise = np.fft.irfft(spectrum / np.sqrt(np.maximum(np.arange(len(spectrum)), 1)), len(samples))
+    noise = coloured_noise(len(samples), pink=True, rng=rng)
     powers = [float(np.mean(np.square(x))) for x in (samples, noise)]
     return samples + noise * np.sqrt(powers[0] / max(powers[1], 1e-20) * 10 ** (-NOISE_DB / 10))
 
@@ -45,6 +44,16 @@ def room(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     from asr.augment import filter_audio, room_response
 
     return filter_audio(torch.from_numpy(samples), room_response(rng), None).numpy()
+
+
+def coloured_noise(samples: int, *, pink: bool, rng: np.random.Generator) -> np.ndarray:
+    """White noise, or pink (equal power in each octave): (samples,) float32, within -0.5 and 0.5."""
+    spectrum = np.fft.rfft(rng.standard_normal(samples))
+    if pink:
+        spectrum[1:] /= np.sqrt(np.arange(1, len(spectrum)))
+        spectrum[0] = 0
+    noise = np.fft.irfft(spectrum, samples)
+    return (noise * (0.5 / max(float(np.abs(noise).max()), 1e-9))).astype(np.float32)
 
 
 CONDITIONS: Mapping[str, Change | None] = {

@@ -22,6 +22,7 @@ from asr.models import FORMAT_VERSION, Network
 from asr.nn import CELLS
 from asr.training.data import EDGE_SAMPLES, Corpus
 from pipelines.cli import main
+from pipelines.conditions import coloured_noise
 from pipelines.study import EXPERIMENTS, claims, cost, gradients, memory, speech, study, words
 from pipelines.study.baselines import CONTEXT, FeedForward, Transformer
 from pipelines.study.plan import Row, Setting, separate
@@ -202,11 +203,11 @@ def test_words_are_joined_by_speaker_and_used_once(tmp_path: Path) -> None:
 
 
 def test_pink_noise_has_equal_power_in_each_octave() -> None:
-    noise = words.coloured_noise(1 << 17, pink=True, rng=np.random.default_rng(1))
+    noise = coloured_noise(1 << 17, pink=True, rng=np.random.default_rng(1))
     power = np.abs(np.fft.rfft(noise)) ** 2
     octaves = [power[n : 2 * n].sum() for n in (256, 1024, 4096, 16384)]
     assert max(octaves) / min(octaves) < 1.3
-    white = words.coloured_noise(1 << 17, pink=False, rng=np.random.default_rng(1))
+    white = coloured_noise(1 << 17, pink=False, rng=np.random.default_rng(1))
     flat = np.abs(np.fft.rfft(white)) ** 2
     assert flat[16384:32768].sum() / flat[256:512].sum() == pytest.approx(64, rel=0.2)
 

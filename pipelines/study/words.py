@@ -14,6 +14,7 @@ import soundfile
 from asr.audio import SAMPLE_RATE, read_audio
 from asr.files import write_atomically
 from asr.manifest import Utterance, read_manifest
+from pipelines.conditions import coloured_noise
 from pipelines.prepare import prepare
 from pipelines.synthesize import HELD_OUT_VOICES, TRAINING_VOICES, spoken_digits, synthesize
 
@@ -115,13 +116,3 @@ def _write_noise(folder: Path) -> None:
         clips = [coloured_noise(5 * SAMPLE_RATE, pink=bool(i % 2), rng=rng) for i in range(NOISES)]
     for i, clip in enumerate(clips):
         soundfile.write(folder / f"{i:02d}.flac", clip, SAMPLE_RATE, subtype="PCM_16")
-
-
-def coloured_noise(samples: int, *, pink: bool, rng: np.random.Generator) -> np.ndarray:
-    """White noise, or pink (equal power in each octave): (samples,) float32, within -0.5 and 0.5."""
-    spectrum = np.fft.rfft(rng.standard_normal(samples))
-    if pink:
-        spectrum[1:] /= np.sqrt(np.arange(1, len(spectrum)))
-        spectrum[0] = 0
-    noise = np.fft.irfft(spectrum, samples)
-    return (noise * (0.5 / np.abs(noise).max())).astype(np.float32)
