@@ -63,9 +63,7 @@ def study(
         Path | None,
         typer.Option("--out", "-o", help="Folder to write.", show_default="runs/study, or runs/study-quick"),
     ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="The small version: 7 minutes on two idle cores.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="The small version: 7 minutes on two idle cores.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Settings side by side, over Ray; 1 works in this process.")] = 2,
     markdown: Annotated[
         Path | None, typer.Option(help="Write a summary there as well, with its figures in a folder beside it.")
