@@ -78,7 +78,11 @@ def evaluate_conditions(
         import asr.augment  # noqa: F401
     except ImportError as error:
         raise ConfigError("--conditions needs PyTorch: pip install 'streaming-asr[train]'") from error
-    found = {name: evaluate(manifests, options, network=network, change=_seeded(c)) for name, c in CONDITIONS.items()}
+    recognizer = options.load(endpoint=False)
+    found = {
+        name: evaluate(manifests, options, network=network, change=_seeded(change), recognizer=recognizer)
+        for name, change in CONDITIONS.items()
+    }
     return {name: scores for name, (scores, _) in found.items()}, found["as recorded"][1]
 
 

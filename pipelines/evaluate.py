@@ -106,6 +106,7 @@ def evaluate(
     join_seconds: float | None = None,
     change: Callable[[np.ndarray], np.ndarray] | None = None,
     on_utterance: Callable[[Outcome], None] | None = None,
+    recognizer: "Recognizer | None" = None,
 ) -> tuple[list[Score], list[Problem]]:
     """Score every manifest, and name the rows and manifests that could not be read.
 
@@ -117,11 +118,12 @@ def evaluate(
         join_seconds: score the utterances of each speaker joined to so much audio, with pauses between them.
         change: what is done to the samples of each row, (n,) at 16 kHz, before it is read.
         on_utterance: is told the outcome of each row, in the order of the manifest.
+        recognizer: of these options, where it is loaded already.
 
     Raises:
         ModelError: the model cannot be loaded, or lacks the network.
     """
-    recognizer = options.load(endpoint=endpoint)
+    recognizer = recognizer or options.load(endpoint=endpoint)
     recognizer.transcribe_batch([np.zeros(SAMPLE_RATE, np.float32)], network=network)  # loads it, untimed
     scores: list[Score] = []
     problems: list[Problem] = []
