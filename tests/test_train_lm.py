@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from asr.decoding.beam import BeamConfig, BeamSearch
-from asr.decoding.ngram import read_ngrams
+from asr.decoding.ngram_files import read_ngrams
 from asr.errors import AsrError, TextError
 from asr.lexicon import read_pronunciations
 from asr.runtime.folder import find_language_model
@@ -43,6 +43,15 @@ def test_what_is_written_is_what_the_search_reads(tmp_path: Path, name: str) -> 
     assert described["ngrams"] == list(made.ngrams)
     assert sorted(path.name for path in path.parent.iterdir()) == ["lm.json", "lm.npz"]
     BeamSearch(model, model.lexicon, Tokenizer.characters(LINES).tokens, BeamConfig())
+
+
+def test_it_is_written_for_other_programs_too(tmp_path: Path) -> None:
+    text = write(tmp_path / "text.txt", LINES * 100)
+    train_lm([text], tmp_path / "m", order=2, arpa=tmp_path / "lm.arpa.gz")
+    packed, arpa = read_ngrams(find_language_model(tmp_path / "m")), read_ngrams(tmp_path / "lm.arpa.gz")
+    assert arpa.words == packed.words and [len(g) for g in arpa.orders] == [len(g) for g in packed.orders]
+    with pytest.raises(AsrError, match=r"none/lm\.arpa: cannot be written"):
+        train_lm([text], tmp_path / "m", order=2, arpa=tmp_path / "none" / "lm.arpa")
 
 
 def test_texts_are_joined_and_rare_words_left_out(tmp_path: Path) -> None:

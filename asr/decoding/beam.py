@@ -6,6 +6,7 @@ search finds is weighed by both, as each hears words that the other misses, and 
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -39,7 +40,7 @@ _WAYS = 4  # of a text's pronunciations, that are tried
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BeamConfig:
-    """How to search; the weights were tuned on 180 to 240 utterances of three dev sets, at 28 % CER (docs/trials.md).
+    """How to search; the weights were tuned on 240 to 360 utterances of three dev sets, at 28 % CER (docs/trials.md).
 
     Attributes:
         beam: hypotheses that are kept at each frame.
@@ -123,7 +124,7 @@ class BeamSearch:
         numbers |= {word: i for i, word in enumerate(spelled[len(numbers) :], len(numbers))}
 
         ngrams = Automaton(model, spelled)
-        scores = ngrams.unigrams[:-1].copy()
+        scores = ngrams.unigrams.copy()
         self._next_word = next_word if config.network_share else None
         if self._next_word:
             # Words that it does not know share the probability of <unk> as their unigrams do.
@@ -173,7 +174,7 @@ class BeamSearch:
 
     def start(self) -> list[Running]:
         """The searches at the start of a segment, that by tokens first."""
-        return [lexicon.open(self._scorer) for lexicon in self._lexicons]
+        return [Running(lexicon, self._scorer) for lexicon in self._lexicons]
 
     def weigh(self, log_probs: np.ndarray, texts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
         """The score of texts by tokens, by phones where there are any, and by the language models.
@@ -253,8 +254,9 @@ class _Said:
         known = [pair for pair in pronunciations if pair[0] in words and pair[1]]
         known.sort(key=lambda pair: pair[1])
         self.any_phone = len(phones)
+        number = defaultdict(int, {phone: i for i, phone in enumerate(phones)})
         ways = [way for _, way in known]
-        codes = _numbers_of(" ".join(ways), phones)
+        codes = np.fromiter(map(number.__getitem__, " ".join(ways).split()), np.int64)
         lengths = np.array([way.count(" ") + 1 for way in ways], np.int64)
         owners = np.array([words[word] for word, _ in known], np.int64)
         complete = np.minimum.reduceat(codes, np.cumsum(lengths) - lengths) > 0 if ways else np.zeros(0, bool)
@@ -268,25 +270,6 @@ class _Said:
         """The ways to say a word; none, where none is known."""
         found = self._order[slice(*np.searchsorted(self._sorted, (word, word + 1)))]
         return [self.phones[self._starts[i] : self._starts[i] + self.lengths[i]].tolist() for i in found]
-
-
-def _numbers_of(said: str, phones: Sequence[str]) -> np.ndarray:
-    """The number of each phone of a text, parted by single spaces; 0 for one that is not among `phones`.
-
-    A million of them, which a dictionary would take a fifth of a second to look up.
-    """
-    text = np.frombuffer(f" {said} ".encode(), np.uint8)
-    spaces = np.flatnonzero(text == ord(" "))
-    lengths = np.diff(spaces) - 1
-    names = np.zeros((len(lengths), 8), np.uint8)  # phones are called by at most so many bytes
-    for i in range(min(int(lengths.max(initial=0)), 8)):
-        longer = np.flatnonzero(lengths > i)
-        names[longer, i] = text[spaces[longer] + 1 + i]
-    wanted = np.array([phone.encode()[:8].ljust(8, b"\0") for phone in phones]).view(np.uint64)
-    order = np.argsort(wanted)
-    asked = names.view(np.uint64)[:, 0]
-    place = order[np.minimum(np.searchsorted(wanted[order], asked), len(order) - 1)]
-    return np.where((wanted[place] == asked) & (lengths > 0), place, 0)
 
 
 def _codes(texts: Sequence[str], index: Mapping[str, int]) -> np.ndarray:
@@ -339,7 +322,7 @@ class BeamDecoder:
         by_tokens.read(end)
         nbest = self._search.config.nbest
         if not self._frames:
-            return [Hypothesis((*self.written,), found.score) for found in by_tokens.finish(nbest)]
+            return [Hypothesis(tuple(self.written), found.score) for found in by_tokens.finish(nbest)]
         log_probs = np.concatenate(self._blocks)
         if not self._search.weighs:
             letters = log_probs[:, : self._search.vocab_size]

@@ -49,7 +49,7 @@ class Calibration:
         if not words or self == Calibration():
             return list(words)
         shifted = [(word.start + self.start_shift, word.end + self.end_shift) for word in words]
-        levels = None if levels is None else smooth(levels)
+        levels = smooth(levels) if levels is not None and self.reach else None
         borders = [self._borders(first, last, start, levels) for first, last in shifted]
         middles = [(first + last) / 2 for first, last in shifted]
         starts: list[float] = []
@@ -78,8 +78,8 @@ class Calibration:
     def _borders(
         self, first: float, last: float, start: float, levels: np.ndarray | None
     ) -> tuple[list[float], list[float]]:
-        """Where sounds begin and end near a word, in seconds; `levels` are smoothed and begin at `start`."""
-        if levels is None or not self.reach:
+        """Where sounds begin and end near a word, in seconds; `levels` are smoothed, begin at `start`, or are not known."""
+        if levels is None:
             return [], []
         low = max(round((first - start - self.reach) / FRAME_SECONDS), 0)
         high = max(round((last - start + self.reach) / FRAME_SECONDS), low)

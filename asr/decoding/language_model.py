@@ -5,10 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from asr.decoding.hot_words import Phrases
-from asr.decoding.ngram import Grams, NgramModel
-
-_UNKNOWN, _START, _END = 0, 1, 2  # of every n-gram model's words, the first three
-_LOG10 = np.log(10.0)
+from asr.decoding.ngram import END, LOG10, START, UNKNOWN, Grams, NgramModel
 
 
 class Automaton:
@@ -19,7 +16,7 @@ class Automaton:
 
     Attributes:
         start: the state after the start of a sentence.
-        unigrams: the score of each word of the lexicon by itself, float64 (lexicon + 1,); the last is <unk>'s.
+        unigrams: the score of each word of the lexicon by itself, float64 (lexicon,).
 
     Args:
         model: the n-grams.
@@ -29,13 +26,9 @@ class Automaton:
     def __init__(self, model: NgramModel, lexicon: Sequence[str]) -> None:
         orders = model.orders
         self._words = len(model.words)
-        known = len(model.lexicon)
-        if tuple(lexicon[:known]) == model.lexicon:  # nearly always: a tenth of a second less
-            numbers = [*range(len(model.words) - known, len(model.words)), *[_UNKNOWN] * (len(lexicon) - known)]
-        else:
-            number = {word: i for i, word in enumerate(model.words)}
-            numbers = [number.get(word, _UNKNOWN) for word in lexicon]
-        self._numbers = np.array([*numbers, _UNKNOWN])
+        number = {word: i for i, word in enumerate(model.words)}
+        self._numbers = np.array([number.get(word, number[UNKNOWN]) for word in lexicon])
+        self._end = number[END]
 
         sizes = [len(grams) for grams in orders[:-1]] or [0]
         first = np.cumsum([1, *sizes])  # of each order's contexts, among states
@@ -48,7 +41,7 @@ class Automaton:
                 lower.append(shorter)
                 shorter = np.where(tells, first[n] + np.arange(len(grams)), shorter)
             targets.append(shorter)
-        backoffs = [np.zeros(1), *(grams.log_backoff / _LOG10 for grams in orders[:-1])]
+        backoffs = [np.zeros(1), *(grams.log_backoff / LOG10 for grams in orders[:-1])]
         self._backoff, self._lower = np.concatenate(backoffs), np.concatenate([np.zeros(1, np.int64), *lower])
         self._unigrams, self._after = _scores(orders[0]), targets[0]
         # Arcs of all other orders, sorted: of state and word, as one number.
@@ -56,7 +49,7 @@ class Automaton:
         self._keys = np.concatenate([*keys, [np.iinfo(np.int64).max]])
         self._scores = np.concatenate([*(_scores(grams) for grams in orders[1:]), [0.0]])
         self._targets = np.concatenate([*targets[1:], [0]])
-        self.start = int(targets[0][_START])
+        self.start = int(targets[0][number[START]])
         self.unigrams = self._unigrams[self._numbers]
 
     def step(self, states: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -65,7 +58,7 @@ class Automaton:
 
     def finish(self, states: np.ndarray) -> np.ndarray:
         """The score of the end of the sentence in each state, float64 (n,)."""
-        return self._read(states, np.full(len(states), _END))[0]
+        return self._read(states, np.full(len(states), self._end))[0]
 
     def _read(self, states: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         scores, after = np.zeros(len(states)), np.empty(len(states), np.int64)
@@ -132,4 +125,4 @@ class Scorer:
 
 
 def _scores(grams: Grams) -> np.ndarray:
-    return np.maximum(grams.log_prob / _LOG10, -99.0)
+    return np.maximum(grams.log_prob / LOG10, -99.0)

@@ -18,7 +18,7 @@ _NONE = -1
 
 
 class Lexicon:
-    """A tree of words, spelled in labels of one kind, and how to search in it.
+    """A tree of words, spelled in labels of one kind, and how `Running` searches in it.
 
     On the way to their end, words count as likely as the likeliest that a hypothesis can still become (Ortmanns et al.
     1997): that is taken back when the word is known.
@@ -71,10 +71,6 @@ class Lexicon:
         order = np.argsort(node, kind="stable")
         self.word, self.words = words[order], np.bincount(node, minlength=count)
         self.first_word = np.cumsum(self.words) - self.words
-
-    def open(self, scorer: Scorer) -> "Running":
-        """A search at the start of a segment."""
-        return Running(self, scorer)
 
 
 class Found(NamedTuple):

@@ -1,26 +1,18 @@
-"""Word n-gram language models: interpolated modified Kneser-Ney, pruned, written and read."""
+"""Word n-gram language models: interpolated modified Kneser-Ney, pruned."""
 
-import gzip
-import io
 import itertools
-import os
-import re
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
-from asr.errors import ModelError, TextError
-from asr.files import write_atomically
+from asr.errors import TextError
 
 UNKNOWN, START, END = "<unk>", "<s>", "</s>"
 _UNKNOWN, _START, _END = 0, 1, 2  # their word indices
 _FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)  # where a text is too small to estimate them
-_LOG10 = np.log(10.0)
-_VERSION = 1  # of the packed form
+LOG10 = np.log(10.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +37,16 @@ class Grams:
 
     def __len__(self) -> int:
         return len(self.word)
+
+    def find(self, prefix: np.ndarray, word: np.ndarray, words: int) -> np.ndarray:
+        """Where n-grams of these prefixes, -1 where there is none, and last words stand; -1 for those not here.
+
+        Args:
+            words: how many the vocabulary has.
+        """
+        keys, wanted = self.prefix * words + self.word, prefix * words + word
+        place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+        return np.where((keys[place] == wanted) & (prefix >= 0), place, -1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -258,204 +260,13 @@ def perplexity(model: NgramModel, lines: Sequence[str]) -> Perplexity:
     stream = _encode(lines, model.words)
     starts = stream == _START
     log_prob = model.orders[0].log_prob[stream]
-    ids, known = stream, np.ones(len(stream), bool)  # the n-gram that ends at each place, where it is in the model
+    ids = stream  # the n-gram that ends at each place, -1 where it is not in the model
     for below, grams in itertools.pairwise(model.orders):
-        before, may = np.roll(ids, 1), np.roll(known, 1) & ~starts
-        log_prob = log_prob + np.where(may, below.log_backoff[before], 0.0)
-        keys = grams.prefix * len(model.words) + grams.word
-        wanted = before * len(model.words) + stream
-        ids = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-        known = may & (keys[ids] == wanted)
-        log_prob = np.where(known, grams.log_prob[ids], log_prob)
+        before = np.where(starts, -1, np.roll(ids, 1))
+        log_prob = log_prob + np.where(before >= 0, below.log_backoff[before], 0.0)
+        ids = grams.find(before, stream, len(model.words))
+        log_prob = np.where(ids >= 0, grams.log_prob[ids], log_prob)
     scored = ~starts & (stream != _UNKNOWN)
     words = int(scored.sum())
     mean = float(log_prob[scored].mean()) if words else 0.0
     return Perplexity(value=float(np.exp(-mean)), words=words, unknown=int((stream == _UNKNOWN).sum()))
-
-
-def write_ngrams(model: NgramModel, path: Path, *, digits: int = 2) -> None:
-    """Write a whole file or nothing, a third of the size of a packed ARPA file; byte for byte the same each time.
-
-    Args:
-        digits: behind the point of base-10 logarithms.
-    """
-    arrays = {"version": np.array(_VERSION), "digits": np.array(digits), "orders": np.array(len(model.orders))}
-    arrays["words"] = np.frombuffer("\n".join(model.words).encode(), np.uint8)
-    scale = 10**digits / _LOG10
-    for n, grams in enumerate(model.orders, start=1):
-        below = len(model.orders[n - 2]) if n > 1 else 1
-        first = np.append(True, grams.prefix[1:] != grams.prefix[:-1])
-        arrays[f"{n}.children"] = _planes(np.bincount(grams.prefix, minlength=below))
-        arrays[f"{n}.word"] = _planes(np.where(first, grams.word, np.diff(grams.word, prepend=0)))
-        for name in ("log_prob", "log_backoff"):
-            values = np.nan_to_num(getattr(grams, name), neginf=-99 * _LOG10)
-            whole = np.maximum(np.rint(values * scale), -99 * 10**digits).astype(np.int64)
-            least = whole.min(initial=0)
-            arrays[f"{n}.{name}"], arrays[f"{n}.{name}.least"] = _planes(whole - least), least
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file:
-        for name, array in arrays.items():
-            content = io.BytesIO()
-            np.save(content, array)
-            about = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
-            file.writestr(about, content.getvalue(), zipfile.ZIP_DEFLATED, 9)
-    write_atomically(path, packed.getvalue())
-
-
-def _planes(numbers: np.ndarray) -> np.ndarray:
-    """Numbers from 0 up as bytes, (bytes, n), the lowest first: as many as are needed; the high ones pack well."""
-    count = (int(numbers.max(initial=0)).bit_length() + 7) // 8
-    return (
-        np.stack([(numbers >> 8 * i).astype(np.uint8) for i in range(count)])
-        if count
-        else np.zeros((0, len(numbers)), np.uint8)
-    )
-
-
-def _numbers(planes: np.ndarray) -> np.ndarray:
-    """What `_planes` made bytes of, int64 (n,)."""
-    numbers = np.zeros(planes.shape[1], np.int64)
-    for i, plane in enumerate(planes):
-        numbers |= plane.astype(np.int64) << 8 * i
-    return numbers
-
-
-def read_ngrams(path: Path) -> NgramModel:
-    """Read what `write_ngrams` or any program wrote as ARPA, also gzipped.
-
-    Raises:
-        ModelError: it cannot be read.
-    """
-    try:
-        return _read_packed(path) if path.suffix == ".npz" else _read_arpa(path)
-    except ModelError:
-        raise
-    except Exception as error:  # whatever a damaged file brings about
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{path}: not a readable language model ({reason}); `asr train-lm` makes one") from error
-
-
-def _read_packed(path: Path) -> NgramModel:
-    with np.load(path) as file:
-        arrays = {name: file[name] for name in file.files}
-    if int(arrays["version"]) != _VERSION:
-        raise ModelError(
-            f"{path}: version {arrays['version']}, this program reads {_VERSION}; `asr train-lm` makes one"
-        )
-    scale = _LOG10 / 10 ** int(arrays["digits"])
-    words = tuple(arrays["words"].tobytes().decode().split("\n"))
-
-    orders: list[Grams] = []
-    for n in range(1, int(arrays["orders"]) + 1):
-        children, deltas = _numbers(arrays[f"{n}.children"]), _numbers(arrays[f"{n}.word"])
-        prefix = np.repeat(np.arange(len(children)), children)
-        starts = np.cumsum(children) - children
-        sums = np.cumsum(deltas)
-        before = np.where(starts > 0, sums[np.maximum(starts, 1) - 1], 0)
-        word = sums - np.repeat(before, children)
-        log_prob, log_backoff = (
-            (_numbers(arrays[name]) + int(arrays[f"{name}.least"])) * scale
-            for name in (f"{n}.log_prob", f"{n}.log_backoff")
-        )
-        suffix = np.zeros(len(word), np.int64) if n == 1 else word
-        if n > 2:
-            suffix = _child(orders[-1], orders[-1].suffix[prefix], word, len(words))
-        orders.append(_uncounted(prefix, suffix, word, log_prob, log_backoff))
-    return NgramModel(words=words, orders=tuple(orders))
-
-
-def _read_arpa(path: Path) -> NgramModel:
-    content = path.read_bytes()
-    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
-    sections = re.split(r"^\\(\d+)-grams:$", text, flags=re.MULTILINE)
-    counts = [int(count) for count in re.findall(r"^ngram \d+=(\d+)$", sections[0], flags=re.MULTILINE)]
-    if "\\data\\" not in sections[0] or "\\end\\" not in text or not counts:
-        raise ValueError("no ARPA file, or not a whole one")
-    words: tuple[str, ...] = ()
-    orders: list[Grams] = []
-    ids: dict[str, int] = {}
-    for n, body in zip(map(int, sections[1::2]), sections[2::2], strict=True):
-        rows = [line.split("\t") for line in body.split("\\end\\")[0].splitlines() if line]
-        if len(rows) != counts[n - 1]:
-            raise ValueError(f"{len(rows)} of {counts[n - 1]} {n}-grams")
-        if n == 1:
-            special = {UNKNOWN: 0, START: 1, END: 2}
-            words = (*special, *(row[1] for row in rows if row[1] not in special))
-            ids = {word: i for i, word in enumerate(words)}
-        grams = np.array([[ids[word] for word in row[1].split(" ")] for row in rows]).reshape(len(rows), n)
-        values = np.array([[float(row[0]), float(row[2]) if len(row) > 2 else 0.0] for row in rows]) * _LOG10
-        if n == 1 and len(rows) < len(words):  # no <unk>, say
-            missing = np.setdiff1d(np.arange(len(words)), grams[:, 0])
-            grams = np.concatenate([grams, missing[:, None]])
-            values = np.concatenate([values, np.tile([-99 * _LOG10, 0.0], (len(missing), 1))])
-        if n > 1:
-            prefix, suffix = (_places(orders, part) for part in (grams[:, :-1], grams[:, 1:]))
-            kept = np.flatnonzero((prefix >= 0) & (suffix >= 0))  # a program that prunes otherwise may leave orphans
-        else:
-            prefix = suffix = np.zeros(len(grams), np.int64)
-            kept = np.arange(len(grams))
-        kept = kept[np.lexsort((grams[kept, -1], prefix[kept]))]
-        orders.append(_uncounted(prefix[kept], suffix[kept], grams[kept, -1], *values[kept].T))
-    return NgramModel(words=words, orders=tuple(orders))
-
-
-def _uncounted(prefix: np.ndarray, suffix: np.ndarray, word: np.ndarray, *logs: np.ndarray) -> Grams:
-    count = np.zeros(len(word), np.int64)  # not kept in files
-    return Grams(prefix=prefix, suffix=suffix, word=word, count=count, log_prob=logs[0], log_backoff=logs[1])
-
-
-def _child(grams: Grams, prefix: np.ndarray, word: np.ndarray, words: int) -> np.ndarray:
-    """Where n-grams of this prefix, -1 where there is none, and last word stand in their order; else -1."""
-    keys, wanted = grams.prefix * words + grams.word, prefix * words + word
-    place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where((keys[place] == wanted) & (prefix >= 0), place, -1)
-
-
-def _places(orders: Sequence[Grams], ngrams: np.ndarray) -> np.ndarray:
-    """Where n-grams, (how many, n) words, stand in their order; -1: it lacks them."""
-    place = ngrams[:, 0]
-    for grams, word in zip(orders[1:], ngrams.T[1:], strict=False):
-        place = _child(grams, place, word, len(orders[0]))
-    return place
-
-
-def write_arpa(model: NgramModel, path: Path, *, digits: int = 6) -> None:
-    """Write a whole ARPA file or nothing; gzipped where the name ends in .gz, byte for byte the same each time.
-
-    Args:
-        model: what to write.
-        path: where to.
-        digits: behind the point of base-10 logarithms.
-    """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            if path.suffix == ".gz":
-                with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
-                    _write(model, packed, digits)
-            else:
-                _write(model, file, digits)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write(model: NgramModel, file: io.BufferedIOBase, digits: int) -> None:
-    file.write(b"\\data\\\n")
-    for n, grams in enumerate(model.orders, start=1):
-        file.write(f"ngram {n}={len(grams)}\n".encode())
-    texts: list[str] = []
-    for n, grams in enumerate(model.orders, start=1):
-        file.write(f"\n\\{n}-grams:\n".encode())
-        words = [model.words[i] for i in grams.word.tolist()]
-        before = (texts[i] for i in grams.prefix.tolist()) if n > 1 else ()
-        texts = [f"{first} {last}" for first, last in zip(before, words, strict=True)] if n > 1 else words
-        log_probs = [f"{p:.{digits}f}" for p in np.maximum(grams.log_prob / _LOG10, -99.0).tolist()]
-        if n == len(model.orders):
-            lines = (f"{p}\t{text}\n" for p, text in zip(log_probs, texts, strict=True))
-        else:
-            backoffs = (grams.log_backoff / _LOG10).tolist()
-            lines = (f"{p}\t{text}\t{b:.{digits}f}\n" for p, text, b in zip(log_probs, texts, backoffs, strict=True))
-        while chunk := "".join(itertools.islice(lines, 100_000)):
-            file.write(chunk.encode())
-    file.write(b"\n\\end\\\n")

@@ -10,7 +10,8 @@ from asr.audio import EDGE_SILENCE_SECONDS, SAMPLE_RATE
 from asr.decoding.beam import BeamConfig, BeamSearch
 from asr.decoding.greedy import GreedyDecoder
 from asr.decoding.lexicon_search import LIKELIEST, THRESHOLD
-from asr.decoding.ngram import NgramModel, read_ngrams, write_arpa
+from asr.decoding.ngram import NgramModel
+from asr.decoding.ngram_files import read_ngrams, write_arpa
 from asr.lexicon import read_pronunciations
 from asr.runtime import load_engine
 from asr.runtime.folder import find_language_model, find_lexicon, phones_at_output
