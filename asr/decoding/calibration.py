@@ -78,7 +78,7 @@ class Calibration:
     def _borders(
         self, first: float, last: float, start: float, levels: np.ndarray | None
     ) -> tuple[list[float], list[float]]:
-        """Where sounds begin and end near a word, in seconds; `levels` are smoothed and begin at `start`; or unknown."""
+        """Where sounds begin and end near a word, in seconds; `levels`, if known, are smoothed and begin at `start`."""
         if levels is None:
             return [], []
         low = max(round((first - start - self.reach) / FRAME_SECONDS), 0)
