@@ -189,6 +189,7 @@ class TrainingConfig:
     clip_value: float = 0.0  # of each of its entries, after clip_norm; 0: off
     phone_weight: float = 0.5
     alignment_weight: float = 0.0  # of phone states frame by frame, on the phone layer, where `asr align` was run
+    crf_weight: float = 0.0  # of the denominator of the phones' CTC at the output (model.phone_output): 1 is a CTC-CRF
     consistency_weight: float = 0.0  # between two views of each utterance, masked apart (CR-CTC); a batch holds both
     transducer_weight: float = 1.0  # of the transducer's loss beside CTC's, where model.prediction is above 0
     freeze_encoder: bool = False  # train the transducer alone, on the network that init_from names
@@ -218,7 +219,7 @@ class TrainingConfig:
         _check(self.clip_norm > 0, "training.clip_norm", self.clip_norm, "above 0")
         for name in (
             "clip_value", "warmup_steps", "weight_decay", "phone_weight", "alignment_weight", "transducer_weight",
-            "consistency_weight", "curriculum_seconds", "curriculum_step_seconds",
+            "consistency_weight", "crf_weight", "curriculum_seconds", "curriculum_step_seconds",
         ):  # fmt: skip
             _check(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "at least 0")
         _check(
@@ -260,6 +261,10 @@ class TrainConfig:
         _check(
             not (training.freeze_encoder and training.consistency_weight), "training.consistency_weight",
             training.consistency_weight, "0 with training.freeze_encoder: it is of CTC, which is not trained then",
+        )  # fmt: skip
+        _check(
+            training.crf_weight == 0 or self.model.phone_output, "training.crf_weight", training.crf_weight,
+            "0 without model.phone_output: it is of the phones at the output",
         )  # fmt: skip
         patience = training.patience
         _check(patience == 0 or len(self.data.dev) > 0, "training.patience", patience, "0 without data.dev")

@@ -41,6 +41,7 @@ def test_overrides_are_toml_values_or_bare_words(config_file: Path) -> None:
         ("training.epoch=3", r"unknown key training\.epoch; did you mean training\.epochs\?"),
         ("training.epochs=0", r"training\.epochs = 0: must be at least 1"),
         ("training.epochs='many'", r"training\.epochs = 'many': must be of type int"),
+        ("training.crf_weight=1.0", r"training\.crf_weight = 1\.0: must be 0 without model\.phone_output"),
         ("training.precision='fp8'", r"'fp8': must be \"auto\""),
         ("model.dropout=1.0", r"model\.dropout = 1\.0"),
         ("model.look_ahead=4", "bidirectional network"),

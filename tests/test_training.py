@@ -192,6 +192,21 @@ def test_ctc_equals_a_sum_over_all_paths() -> None:
     assert abs(float(loss) + np.log(total)) < 1e-5
 
 
+def test_a_ctc_crf_of_the_phones_is_their_ctc_less_all_that_could_be_said(tmp_path: Path) -> None:
+    config = changed(tone_config(write_corpus(tmp_path / "d"), crf_weight=1.0), "model", phone_output=True)
+    trainer = Trainer(config, tmp_path / "run")
+    batch = trainer.loader.batch(trainer.sampler.epoch(0)[0], 0)
+    losses = trainer.losses.eval()
+    assert isinstance(losses, Losses) and losses.likely is not None
+
+    def loss(weight: float) -> float:
+        losses.crf_weight = weight
+        return losses(batch)[0].item()
+
+    assert loss(1.0) < loss(0.0), "a sum of probabilities is less than one"
+    assert loss(0.0) - loss(1.0) == pytest.approx(2 * (loss(0.0) - loss(0.5)), rel=1e-3)
+
+
 def test_two_views_of_an_utterance_differ_by_their_masks_alone(tmp_path: Path) -> None:
     config = tone_config(write_corpus(tmp_path / "data"), consistency_weight=0.2)
     corpus = Corpus(config.data.train)

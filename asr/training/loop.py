@@ -19,6 +19,7 @@ from asr.models import FORMAT_VERSION, Network, load_network
 from asr.nn.layer import valid
 from asr.text import Tokenizer
 from asr.training.checkpoint import average_weights, checkpoints, load_checkpoint, random_state
+from asr.training.crf import trigrams
 from asr.training.data import Corpus, Loader, Plan, Sampler, tuning_plan
 from asr.training.optimizer import Optimizer
 from asr.training.ranks import Ranks, Stragglers
@@ -87,7 +88,7 @@ class Trainer:
         training = config.training
         losses = Losses(
             self.network, training.phone_weight, training.alignment_weight, precision, training.transducer_weight,
-            training.freeze_encoder, training.consistency_weight,
+            training.freeze_encoder, training.consistency_weight, training.crf_weight, self._phone_trigrams(),
         )  # fmt: skip
         self.losses = DistributedDataParallel(losses) if world > 1 else losses
         self.optimizer = Optimizer(
@@ -103,6 +104,11 @@ class Trainer:
         self.stragglers = Stragglers(self.network)
         self.record = Record(run, rank)
         self.description = self._describe(precision)
+
+    def _phone_trigrams(self) -> torch.Tensor | None:
+        """What the denominator of the final phones' CTC takes for likely; None where the network is trained without."""
+        phones = self.network.phone_count
+        return trigrams(self.corpus.phone_ids, phones) if phones and self.config.training.crf_weight else None
 
     def _newest_checkpoint(self) -> Path | None:
         """What rank 0 sees: another rank may see a shared folder as it was a moment ago."""

@@ -12,6 +12,7 @@ from torchaudio.functional import rnnt_loss
 
 from asr.models import Network
 from asr.nn.transducer import Transducer
+from asr.training.crf import log_partition
 from asr.training.data import UNKNOWN, Batch
 
 
@@ -29,6 +30,8 @@ class Losses(nn.Module):
         freeze_encoder: the transducer's loss is the only one, and all that is not of the transducer stays as it is.
         consistency_weight: of the divergence between what two views of an utterance say, each under masks of its
             own (Yao et al. 2024, "CR-CTC"); batches then come with masks for two views. 0: one view.
+        crf_weight: of the denominator of the final phones' CTC (asr.training.crf); 1 makes it a CTC-CRF.
+        likely: trigrams of phones, which that needs.
     """
 
     def __init__(
@@ -40,12 +43,14 @@ class Losses(nn.Module):
         transducer_weight: float = 0.0,
         freeze_encoder: bool = False,
         consistency_weight: float = 0.0,
+        crf_weight: float = 0.0,
+        likely: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.phone_weight, self.alignment_weight, self.precision = phone_weight, alignment_weight, precision
         self.transducer_weight, self.freeze_encoder = transducer_weight, freeze_encoder
-        self.consistency_weight = consistency_weight
+        self.consistency_weight, self.crf_weight, self.likely = consistency_weight, crf_weight, likely
         if freeze_encoder:
             trained = ("transducer.", f"layers.{len(network.layers) - 1}.joint.")
             for name, parameter in network.named_parameters():
@@ -89,6 +94,9 @@ class Losses(nn.Module):
                 phone_loss = ctc(auxiliary[name], frames, batch.phones, batch.phone_lengths, known)
                 if views > 1:
                     phone_loss = phone_loss + self.consistency_weight * divergence(auxiliary[name], frames, known)
+                if name == "final phones" and self.likely is not None:
+                    all_said = log_partition(auxiliary[name], frames, self.likely)
+                    phone_loss = phone_loss + self.crf_weight * torch.where(known, all_said, 0.0).sum()
                 total = total + self.phone_weight * phone_loss / max(batch.phone_count, 1)
         if "states" in auxiliary and self.alignment_weight:
             states = auxiliary["states"].float().transpose(1, 2)
