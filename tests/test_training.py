@@ -193,7 +193,8 @@ def test_ctc_equals_a_sum_over_all_paths() -> None:
 
 
 def test_a_ctc_crf_of_the_phones_is_their_ctc_less_all_that_could_be_said(tmp_path: Path) -> None:
-    config = changed(tone_config(write_corpus(tmp_path / "d"), crf_weight=1.0), "model", phone_output=True)
+    config = changed(tone_config(write_corpus(tmp_path / "d")), "model", phone_output=True)
+    config = changed(config, "training", crf_weight=1.0)
     trainer = Trainer(config, tmp_path / "run")
     batch = trainer.loader.batch(trainer.sampler.epoch(0)[0], 0)
     losses = trainer.losses.eval()
