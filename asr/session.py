@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from asr.audio import EDGE_SILENCE_SECONDS, SAMPLE_RATE, Resampler, to_float
-from asr.decoding import Decoder, Hypothesis, TokenSpan, Word, words_from_tokens
+from asr.decoding import Decoder, TokenSpan, Word, words_from_tokens
 from asr.decoding.sound import Levels
 from asr.endpoint import EndpointConfig, Endpointer
 from asr.errors import AsrError, ConfigError
 from asr.network import Network, Segment, Transcript, transcript_of
 from asr.runtime import StreamingEngine
-from asr.runtime.reader import BLOCK_FRAMES, Reread, Step, StreamReader, Work, parted, run
+from asr.runtime.reader import BLOCK_FRAMES, Later, Step, StreamReader, Work, parted, run
 from asr.snapshot import Snapshot
 from asr.vad import UNIT
 
@@ -126,16 +126,11 @@ class Session:
             self._finished = transcript_of(self._segments if self._keep else last, self._clock.duration)
         return self._finished
 
-    def answer(self, request: Step | Reread) -> Any:
+    def answer(self, request: Step | Later) -> Any:
         """What the network says, asked for this session alone."""
-        if isinstance(request, Step):
-            return parted(self._network.engine, *self._network.engine.step(*request))[0]
-        return self.reread(request)
-
-    def reread(self, request: Reread) -> list[Hypothesis]:
-        """What the offline network says of a finished segment."""
-        assert self._second is not None
-        return self._second.read([request.audio])[0]
+        if isinstance(request, Later):
+            return request.work()
+        return parted(self._network.engine, *self._network.engine.step(*request))[0]
 
     @property
     def sample_rate(self) -> int:
@@ -237,12 +232,16 @@ class Session:
         """End the open segment at a sample, before a frame; return it, if anything was said in it."""
         network, times = self._network, self._clock.seconds(self._start, end)
         edge = (self._start - self._position(self._reader.start)) / SAMPLE_RATE
-        hypotheses = self._reader.cut(frame, search)
+        decoder = self._reader.cut(frame, search)
         if self._second is not None:
             audio = np.concatenate([np.zeros(0, np.float32), *self._audio])
             network, edge = self._second, EDGE_SILENCE_SECONDS
-            hypotheses = yield Reread(audio[: end - self._start])
+            (hypotheses,) = yield Later(partial(network.read, [audio[: end - self._start]]))
             self._audio = [audio[end - self._start :]]
+        elif decoder.weighs:
+            hypotheses = yield Later(decoder.finish)
+        else:
+            hypotheses = decoder.finish()
         levels = self._levels.take((end - self._start) / SAMPLE_RATE)
         self._start = end
         self._partial_frames = -1  # the text so far was of the segment that is closed

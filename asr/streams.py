@@ -19,7 +19,7 @@ from asr.endpoint import EndpointConfig
 from asr.errors import AsrError, AudioError, ConfigError, Overloaded
 from asr.network import Transcript
 from asr.recognizer import Recognizer
-from asr.runtime.reader import Gathering, Reread, Step, Work, joined, parted
+from asr.runtime.reader import Gathering, Later, Step, Work, joined, parted
 from asr.session import Session, Update
 
 _T = TypeVar("_T")
@@ -60,8 +60,9 @@ class Streams:
 
     One thread does what is to be done in Python. It hands steps of the network to `threads` others, each of which
     computes one at a time on one core; a step takes the blocks that have waited longest, one of each stream, so
-    that a stream that gives much at once gets no more than its turn. Second passes are computed by one thread
-    more, one segment after the other: the partial texts of all other streams go on meanwhile.
+    that a stream that gives much at once gets no more than its turn. Second passes, and what a beam search weighs
+    at the end of a segment, are computed by one thread more, one segment after the other: the partial texts of all
+    other streams go on meanwhile.
 
     Python itself is the limit of many streams: a process that serves some hundred does so in `with busy_process():`.
 
@@ -107,7 +108,7 @@ class Streams:
         self._groups = self._flying = 0  # computed at this moment, and blocks in them
         self._ended = False
         self._steppers = ThreadPoolExecutor(threads, "asr-step")
-        self._second = ThreadPoolExecutor(1, "asr-second-pass")
+        self._later = ThreadPoolExecutor(1, "asr-segment-ends")
         self._thread = threading.Thread(target=self._run, name="asr-streams", daemon=True)
         self._thread.start()
 
@@ -166,7 +167,7 @@ class Streams:
         if threading.current_thread() is not self._thread:
             self._thread.join()
         self._steppers.shutdown()
-        self._second.shutdown()
+        self._later.shutdown()
 
     def _add(self, open_session: Callable[[], Session]) -> "Stream":
         self._check_room()
@@ -229,11 +230,11 @@ class Streams:
         for stream, own in zip(streams, answers, strict=True):
             stream.go_on(own)
 
-    def _reread(self, stream: "Stream", request: Reread) -> None:
+    def _do_later(self, stream: "Stream", request: Later) -> None:
         if stream.closed:
             return
         try:
-            answer: Any = stream.session.reread(request)
+            answer: Any = request.work()
         except Exception as error:  # as above
             answer = error
         self._inbox.put(lambda: stream.go_on(answer))
@@ -355,7 +356,7 @@ class Stream:
             if isinstance(request, Step):
                 self._streams._ready.add(self, request)
             else:
-                self._streams._second.submit(self._streams._reread, self, request)
+                self._streams._later.submit(self._streams._do_later, self, request)
 
     def _settle(self, result: Any) -> None:
         """The first job is done; `result` is what came of it, or an exception."""

@@ -54,9 +54,11 @@ class Decoder(Protocol):
 
     Attributes:
         written: the first of the best tokens, which stay what they are: this list only grows.
+        weighs: whether the end of a segment takes as long as some of its blocks.
     """
 
     written: list[TokenSpan]
+    weighs: bool
 
     def accept(self, log_probs: np.ndarray, best: Best | None = None) -> None:
         """Take the next frames, (frames, vocabulary), also none; the blank is token 0.

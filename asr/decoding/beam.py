@@ -32,6 +32,8 @@ _LOOKBACK_FRAMES = 250
 _BY_PHONES = (0.87, -0.5)
 _SHARPNESS = 0.3  # of the probabilities that scores stand for: as they are, the best text would be all but certain
 _HEARD = 0.1  # exponent of the tokens' probabilities in a word's confidence: many right words were hardly heard
+# Beside a search by phones, that by letters finds next to nothing more: it shows what is said meanwhile.
+_LETTERS_SHARE = 8  # of the hypotheses, one in so many then
 _CANDIDATES = 20  # of each search, that are weighed by tokens and phones
 # A word without a pronunciation: any phones will do, so many for a letter, each a little worse than the likeliest one.
 _PHONES_PER_LETTER, _ANY_PHONE = 0.85, -1.0
@@ -152,12 +154,11 @@ class BeamSearch:
         lengths = np.array([len(spelled[i]) + 1 for i in order])
         settings = config.lm_weight, config.word_score
         columns = slice(0, len(tokens))
-        self._lexicons = [
-            Lexicon(letters, lengths, np.array(order), scores, columns, self.space, config.beam, *settings)
-        ]
         self._said = _Said(pronunciations, numbers, phones) if phones else None
         if self._said and not len(self._said.words):
             self._said = None
+        beam = max(config.beam // _LETTERS_SHARE, 1) if self._said else config.beam
+        self._lexicons = [Lexicon(letters, lengths, np.array(order), scores, columns, self.space, beam, *settings)]
         if self._said:
             said = self._said
             settings = config.lm_weight * _BY_PHONES[0], config.word_score + _BY_PHONES[1]
@@ -284,6 +285,7 @@ def _codes(texts: Sequence[str], index: Mapping[str, int]) -> np.ndarray:
 class BeamDecoder:
     """Beam search of one segment, block by block (see asr.decoding.Decoder)."""
 
+    weighs = True
     shared = ("_search", "_running")  # not of the state that asr.snapshot keeps: the blocks are searched again
 
     def __init__(self, search: BeamSearch) -> None:
@@ -292,7 +294,7 @@ class BeamDecoder:
         self._first = 0  # the first frame that is not committed
         self._blocks: list[np.ndarray] = []  # the frames from there on
         self._frames = 0  # in the blocks
-        # Searches that have read the blocks; None in a copy that has not been used yet.
+        # Searches that have read the blocks; None until they are needed.
         self._running: list[Running] | None = None
 
     def accept(self, log_probs: np.ndarray, best: Best | None = None) -> None:
@@ -341,9 +343,10 @@ class BeamDecoder:
         ]
 
     def copy(self) -> "BeamDecoder":
-        """The decoder as it stands now; its first use searches again from the last commit."""
+        """The decoder as it stands now: the two go separate ways."""
         other = BeamDecoder(self._search)
-        copied = {"written": self.written.copy(), "_blocks": self._blocks.copy(), "_running": None}
+        running = None if self._running is None else [search.copy() for search in self._running]
+        copied = {"written": self.written.copy(), "_blocks": self._blocks.copy(), "_running": running}
         other.__dict__.update(self.__dict__ | copied)
         return other
 

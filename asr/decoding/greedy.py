@@ -12,6 +12,8 @@ _BLANK = 0
 class GreedyDecoder:
     """Greedy CTC search that continues across block borders (see asr.decoding.Decoder)."""
 
+    weighs = False
+
     def __init__(self) -> None:
         self.written: list[TokenSpan] = []
         self._frames = 0

@@ -13,6 +13,7 @@ from asr.decoding.language_model import Scorer
 BLANK = 0
 IMPOSSIBLE = -1e4  # instead of minus infinity, where a pronunciation has more phones than there are frames
 THRESHOLD = 18.0  # hypotheses so far (natural log) behind the best are dropped
+SURE = 4.0  # a blank so much (natural log) likelier than any label, priors taken off, is all that there is to a frame
 LIKELIEST = 10  # labels that are tried at a frame: a third of the work, and no more errors (docs/trials.md)
 _NONE = -1
 
@@ -121,6 +122,10 @@ class Running:
 
     def _read(self, frame: np.ndarray) -> None:
         lexicon, score, node, state, last = self._lexicon, self._score, self._node, self._state, self._last
+        if frame[BLANK] > frame[BLANK + 1 :].max() + SURE:
+            blanks, none = np.full(len(score), BLANK), np.full(len(score), _NONE)
+            self._keep(np.arange(len(score)), blanks, score + frame[BLANK], node, state, none)
+            return
         # a next label: not the last one, which would need a blank between; and not one that is hardly heard
         least = np.partition(frame, -LIKELIEST)[-LIKELIEST] if len(frame) > LIKELIEST else -np.inf
         whose, child = _ranges(lexicon.first_child[node], lexicon.children[node])
@@ -154,13 +159,24 @@ class Running:
         nodes, states, words = node[old], state[old], np.full(len(old), _NONE)
         ends = slice(len(inner), len(inner) + len(of))
         nodes[: len(inner)], nodes[ends], states[ends], words[ends] = child[inner], 0, after, word
+        self._keep(old, labels, scores, nodes, states, words)
 
+    def _keep(
+        self,
+        old: np.ndarray,
+        labels: np.ndarray,
+        scores: np.ndarray,
+        nodes: np.ndarray,
+        states: np.ndarray,
+        words: np.ndarray,
+    ) -> None:
+        """Of what the hypotheses became at a frame, keep the best; `old` tells which one each was (see _Frame)."""
         near = np.flatnonzero(scores > scores.max() - THRESHOLD)
         near = near[np.argsort(-scores[near], kind="stable")]
         _, first, group = np.unique(
             _keys(states[near], nodes[near], labels[near]), return_index=True, return_inverse=True
         )
-        best = np.sort(first)[: lexicon.beam]  # of those alike, the best; of them all, the best ones
+        best = np.sort(first)[: self._lexicon.beam]  # of those alike, the best; of them all, the best ones
         kept = near[best]
         # those that gave way, and say something else
         goes_on = words[near] == _NONE
@@ -179,6 +195,12 @@ class Running:
         self._text = text
         came, label, word, text = (part.astype(np.int32) for part in (old[kept], labels[kept], words[kept], text))
         self._frames.append(_Frame(came, label, word, text, others))
+
+    def copy(self) -> "Running":
+        """The search as it stands now: the two go separate ways. Arrays are never changed, and shared."""
+        other = Running(self._lexicon, self._scorer)
+        other.__dict__.update(self.__dict__ | {"_frames": self._frames.copy(), "_texts": self._texts.copy()})
+        return other
 
     def best(self) -> np.ndarray:
         """The label of each frame on the best path so far; the last word may be unfinished."""

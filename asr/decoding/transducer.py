@@ -77,6 +77,7 @@ class TransducerDecoder:
     written stays, and lies on the frame on which it was written. A frame of NaN says nothing.
     """
 
+    weighs = False
     shared = ("_search",)  # not of the state that asr.snapshot keeps
 
     def __init__(self, search: TransducerSearch) -> None:

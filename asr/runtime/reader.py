@@ -12,7 +12,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from asr.audio import EDGE_SILENCE_SECONDS, SAMPLE_RATE
-from asr.decoding import Best, Decoder, Hypothesis, best_of
+from asr.decoding import Best, Decoder, best_of
 from asr.runtime import State, StreamingEngine
 
 _EDGE = np.zeros(round(EDGE_SILENCE_SECONDS * SAMPLE_RATE), np.float32)
@@ -40,13 +40,13 @@ class Written(NamedTuple):
     state: State
 
 
-class Reread(NamedTuple):
-    """A request: the offline network shall read a segment (n,) at 16 kHz; answered with its hypotheses."""
+class Later(NamedTuple):
+    """A request: what takes long shall be done, in whatever thread; answered with what it returns."""
 
-    audio: np.ndarray
+    work: Callable[[], Any]
 
 
-Work = Generator[Step | Reread, Any, T]
+Work = Generator[Step | Later, Any, T]
 
 
 class StreamReader:
@@ -129,8 +129,8 @@ class StreamReader:
         self._state = self._engine.initial_state()
         self._lost = self._engine.latency_frames - self._void  # frames that the old state still held
 
-    def cut(self, frame: int, search: int = 0) -> list[Hypothesis]:
-        """End the open segment before `frame`, which has been read, and return what it may say, the best first.
+    def cut(self, frame: int, search: int = 0) -> Decoder:
+        """End the open segment before `frame`, which has been read, and return its decoder, which has read it all.
 
         With `search`, a word that is being written there is written to its end: the segment goes on to the middle of
         the longest stretch, of so many frames, in which nothing to be seen is written.
@@ -149,7 +149,7 @@ class StreamReader:
         self.decoder, self.start = self._open_decoder(), before + end
         self._past.clear()
         self._decode(following[end:])
-        return decoder.finish()
+        return decoder
 
     def _gap(self, log_probs: np.ndarray) -> int:
         """The middle of the longest stretch of (frames, vocabulary) in which nothing to be seen is written."""
@@ -195,7 +195,7 @@ class StreamReader:
         self.decoder.accept(log_probs, best)
 
 
-def run(work: Work[T] | T, answer: Callable[[Step | Reread], Any]) -> T:
+def run(work: Work[T] | T, answer: Callable[[Step | Later], Any]) -> T:
     """Do the work of one stream, if it is any: each request is answered at once."""
     if not isinstance(work, Generator):
         return work
@@ -208,18 +208,17 @@ def run(work: Work[T] | T, answer: Callable[[Step | Reread], Any]) -> T:
 
 
 def run_together(works: Iterable[Work[T]], engine: StreamingEngine, rows: int) -> list[T]:
-    """Do the work of many streams, none of which asks to reread: up to `rows` of their steps are one call."""
+    """Do the work of many streams: up to `rows` of their steps are one call."""
     results: dict[int, T] = {}
     waiting: Gathering[tuple[int, Work[T]]] = Gathering()
 
     def advance(number: int, work: Work[T], answer: Any) -> None:
         try:
-            request = work.send(answer)
+            while isinstance(request := work.send(answer), Later):
+                answer = request.work()
+            waiting.add((number, work), request)
         except StopIteration as done:
             results[number] = done.value
-        else:
-            assert isinstance(request, Step)
-            waiting.add((number, work), request)
 
     for number, work in enumerate(works):
         advance(number, work, None)
