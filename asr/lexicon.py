@@ -2,8 +2,11 @@
 
 import gzip
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+import numpy as np
 
 from asr.errors import ConfigError, ModelError
 from asr.files import write_atomically
@@ -64,14 +67,62 @@ def write_pronunciations(path: Path, words: Iterable[str]) -> None:
     write_atomically(path, gzip.compress("".join(f"{word} {phones}\n" for phones, word in said).encode(), mtime=0))
 
 
-def read_pronunciations(path: Path) -> list[tuple[str, str]]:
-    """Words, each with the phones of one way to say it, parted by spaces, from such a file.
+@dataclass(frozen=True, kw_only=True)
+class Pronunciations:
+    """Ways to say words, sorted by their phones.
+
+    Attributes:
+        words: whose each is, (ways,); a word may have several.
+        phones: of all ways, one after the other, as places in `names`, (all phones,).
+        lengths: how many each way has, (ways,).
+        names: of the phones.
+    """
+
+    words: list[str]
+    phones: np.ndarray
+    lengths: np.ndarray
+    names: list[str]
+
+    @classmethod
+    def of(cls, ways: Iterable[tuple[str, str]]) -> "Pronunciations":
+        """From words, each with the phones of one way to say it, of one or two letters and parted by spaces."""
+        return cls.parse("".join(f"{word} {phones}\n" for phones, word in sorted((p, w) for w, p in ways)).encode())
+
+    @classmethod
+    def parse(cls, lines: bytes) -> "Pronunciations":
+        """From sorted lines of such words and phones; ValueError for others."""
+        data = np.frombuffer(lines, np.uint8)
+        ends = np.flatnonzero((data == _SPACE) | (data == _NEWLINE))  # of words and phones
+        starts = np.append(0, ends + 1)[:-1]
+        last = data[ends] == _NEWLINE  # of its line
+        is_word = np.append(True, last)[:-1]
+        sizes = ends - starts
+        phones = np.flatnonzero(~is_word)
+        if len(data) and not (last[-1] and ends[-1] == len(data) - 1 and sizes.min() > 0):
+            raise ValueError("not lines of words and phones")
+        if (is_word & last).any() or sizes[phones].max(initial=1) > 2:
+            raise ValueError("a word without phones, or a phone of more than two letters")
+        second = np.where(sizes[phones] > 1, data[starts[phones] + 1], 0)
+        codes = data[starts[phones]] + 256 * second.astype(np.int64)
+        known = np.flatnonzero(np.bincount(codes, minlength=1))
+        names = [bytes(letter for letter in divmod(code, 256)[::-1] if letter).decode() for code in known.tolist()]
+        number = np.zeros(known.max(initial=0) + 1, np.int64)
+        number[known] = np.arange(len(known))
+        spelled = data[np.repeat(is_word, sizes + 1)].tobytes().decode()  # each with the space behind it
+        lengths = np.diff(np.append(np.flatnonzero(is_word), len(starts))) - 1
+        return cls(words=spelled.split(" ")[:-1], phones=number[codes], lengths=lengths, names=names)
+
+
+_SPACE, _NEWLINE = b" \n"
+
+
+def read_pronunciations(path: Path) -> Pronunciations:
+    """The pronunciations that `write_pronunciations` wrote.
 
     Raises:
         ModelError: it cannot be read.
     """
     try:
-        lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+        return Pronunciations.parse(gzip.decompress(path.read_bytes()))
     except (OSError, EOFError, ValueError) as error:
         raise ModelError(f"{path}: not readable as pronunciations ({error}); `asr train-lm` writes them") from error
-    return [(word, said) for word, _, said in (line.partition(" ") for line in lines)]

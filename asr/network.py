@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -78,6 +79,7 @@ class Network:
     ) -> None:
         self.tokens, self._calibration = tokenizer.tokens, calibration
         self._open_engine, self._open_search, self._where, self._weights = open_engine, open_search, where, weights
+        self._opening: Future[Callable[[], Decoder]] | None = None
 
     @cached_property
     def engine(self) -> Any:
@@ -86,6 +88,10 @@ class Network:
         Raises:
             ModelError: it cannot be opened, or does not fit the vocabulary.
         """
+        if "decoder" not in self.__dict__:  # the search is opened meanwhile
+            pool = ThreadPoolExecutor(1, "asr-search")
+            self._opening = pool.submit(self._open_search)
+            pool.shutdown(wait=False)
         engine = self._open_engine()
         if engine.vocab_size != len(self.tokens):
             raise ModelError(
@@ -114,7 +120,7 @@ class Network:
         Raises:
             ModelError: the language model cannot be read.
         """
-        return self._open_search()
+        return self._opening.result() if self._opening else self._open_search()
 
     def read(self, audios: Sequence[np.ndarray]) -> list[list[Hypothesis]]:
         """What each utterance, float32 (n,) at 16 kHz, may say to an offline network; those of like length are read

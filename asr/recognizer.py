@@ -1,7 +1,7 @@
 """Recognition: Recognizer for whole files; it opens a Session for live audio."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -13,6 +13,7 @@ from asr.decoding import Decoder, TokenSpan, Word
 from asr.decoding.beam import BeamConfig, BeamSearch
 from asr.decoding.calibration import Calibration, load_calibration
 from asr.decoding.greedy import GreedyDecoder
+from asr.decoding.language_model import Automaton
 from asr.decoding.next_word import TextScorer
 from asr.decoding.ngram_files import read_ngrams
 from asr.decoding.sound import levels_of
@@ -275,14 +276,18 @@ def _search_opener(
         return lambda folder, tokens, phones: TransducerSearch.load(find_prediction(folder))
     config = BeamConfig(**settings)
     model, lexicon, next_word = find_language_model(path), find_lexicon(path), find_next_word(path)
-    # two networks read one file
-    ngrams, pronunciations, scorers = cache(read_ngrams), cache(read_pronunciations), cache(TextScorer)
+    # Read while the network is opened, and once for two networks.
+    pool = ThreadPoolExecutor(2, "asr-language-model")
+    ngrams = pool.submit(lambda: Automaton(read_ngrams(model)))
+    said = pool.submit(read_pronunciations, lexicon) if lexicon and any(map(phones_at_output, folders)) else None
+    scorer = pool.submit(TextScorer, next_word) if next_word and config.network_share else None
+    pool.shutdown(wait=False)
 
     def open_search(folder: Path, tokens: Sequence[str], phones: Sequence[str]) -> BeamSearch:
-        said = pronunciations(lexicon) if lexicon and phones else ()
-        scorer = scorers(next_word) if next_word and config.network_share else None
-        words = ngrams(model).lexicon
-        return BeamSearch(ngrams(model), words, tokens, config, phones, said, scorer, read_priors(folder))
+        return BeamSearch(
+            ngrams.result(), ngrams.result().lexicon, tokens, config, phones, said.result() if said else None,
+            scorer.result() if scorer else None, read_priors(folder),
+        )  # fmt: skip
 
     return open_search
 

@@ -17,10 +17,12 @@ from asr.decoding import TokenSpan, words_from_tokens
 from asr.decoding import beam as beam_module
 from asr.decoding.beam import BeamConfig, BeamDecoder, BeamSearch, agreement
 from asr.decoding.greedy import GreedyDecoder
+from asr.decoding.language_model import Automaton
 from asr.decoding.next_word import TextScorer
-from asr.decoding.ngram import NgramModel, estimate
+from asr.decoding.ngram import estimate
 from asr.decoding.ngram_files import read_ngrams, write_arpa, write_ngrams
 from asr.errors import ConfigError, ModelError
+from asr.lexicon import Pronunciations
 from asr.next_word import NextWord
 from asr.recognizer import Network, Recognizer
 from asr.text import Tokenizer
@@ -31,13 +33,13 @@ TOKENS = ("<blank>", " ", *"abenorst")
 LINES = ["to be or not to be", "a bee to see", "not a bee", "sea to see", "rest a bit"]
 
 
-LanguageModel = tuple[NgramModel, tuple[str, ...]]
+LanguageModel = tuple[Automaton, tuple[str, ...]]
 
 
 def make_lm(lines: Sequence[str] = LINES, order: int = 2) -> LanguageModel:
     """The model and its words."""
     model = estimate(lines, order=order)
-    return model, model.lexicon
+    return Automaton(model), model.lexicon
 
 
 @pytest.fixture(scope="module")
@@ -131,14 +133,14 @@ def test_what_gave_way_to_a_likelier_beginning_is_still_among_the_n_best(lm: Lan
 def test_torchaudios_decoder_finds_the_same(lm: LanguageModel, tmp_path: Path) -> None:
     decoders = pytest.importorskip("torchaudio.models.decoder", reason="torchaudio is not installed")
     torch = pytest.importorskip("torch")
-    model, words = lm[0], [word for word in lm[1] if set(word) <= set(TOKENS)]
+    model, words = estimate(LINES, order=2), [word for word in lm[1] if set(word) <= set(TOKENS)]
     write_arpa(model, tmp_path / "lm.arpa", digits=9)
     (tmp_path / "lexicon.txt").write_text("".join(f"{word}\t{' '.join(word)} |\n" for word in words))
     oracle = decoders.ctc_decoder(
         lexicon=str(tmp_path / "lexicon.txt"), tokens=["-", "|", *TOKENS[2:]], lm=str(tmp_path / "lm.arpa"),
         nbest=5, beam_size=500, lm_weight=0.8, word_score=0.3, beam_threshold=100,
     )  # fmt: skip
-    search = BeamSearch(model, words, TOKENS, BeamConfig(beam=500, lm_weight=0.8, word_score=0.3, nbest=5))
+    search = BeamSearch(lm[0], words, TOKENS, BeamConfig(beam=500, lm_weight=0.8, word_score=0.3, nbest=5))
     for seed in range(12):
         log_probs = random_frames(seed, 25)
         free_space = np.full((1, len(TOKENS)), -1e4, np.float32)
@@ -291,7 +293,7 @@ def test_what_cannot_be_is_refused(model_folder: Path, lm: LanguageModel, capfd:
     with pytest.raises(ConfigError, match=r"'bem'.*greedy, beam or transducer"):
         Recognizer.load(model_folder, decoding="bem")
     (model_folder / "lm").mkdir()
-    write_ngrams(lm[0], model_folder / "lm" / "lm.npz")
+    write_ngrams(estimate(LINES), model_folder / "lm" / "lm.npz")
     for wrong in ({"beam": 0}, {"lm_weight": -1.0}, {"lm_weight": math.nan}, {"nbest": 0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             Recognizer.load(model_folder, decoding="beam", **wrong)  # type: ignore[arg-type]
@@ -299,7 +301,7 @@ def test_what_cannot_be_is_refused(model_folder: Path, lm: LanguageModel, capfd:
         BeamSearch(*lm, ("<blank>", "a", "b"), BeamConfig())
     with pytest.raises(ConfigError, match="spells no word"):
         BeamSearch(*lm, ("<blank>", " ", "x"), BeamConfig())
-    write_arpa(lm[0], model_folder / "lm" / "lm.arpa.gz")
+    write_arpa(estimate(LINES), model_folder / "lm" / "lm.arpa.gz")
     for name in ("lm.npz", "lm.arpa.gz"):
         damaged = model_folder / "lm" / name
         for content in (b"", b"nothing of the kind", damaged.read_bytes()[:100], damaged.read_bytes()[:-30]):
@@ -328,7 +330,7 @@ def both(letters: str, said: str, probability: float = 0.6) -> np.ndarray:
 def phone_search(said: Sequence[tuple[str, str]] = SAID, **settings: float) -> BeamSearch:
     model = estimate(SAID_LINES, order=2)
     config = BeamConfig(**{"lm_weight": 0.3, "word_score": 0.5, **settings})  # type: ignore[arg-type]
-    return BeamSearch(model, model.lexicon, (*TOKENS, "w"), config, PHONES, said)
+    return BeamSearch(Automaton(model), model.lexicon, (*TOKENS, "w"), config, PHONES, Pronunciations.of(said))
 
 
 def test_what_the_letters_spell_badly_the_phones_tell() -> None:
@@ -392,7 +394,7 @@ def test_a_next_word_model_weighs_what_the_searches_found(tmp_path: Path) -> Non
     lines = ["not two", "to be"] * 60
     model = NextWord(("be", "not", "to", "two"), size=16, dropout=0.0)
     train_next_word(model, lines, tmp_path / "next-word", NextWordTraining(epochs=12, rows=4, steps=10, rate=2e-2))
-    said, tokens = [("to", "T UW"), ("not", "N AA T")], (*TOKENS, "w")
+    said, tokens = Pronunciations.of([("to", "T UW"), ("not", "N AA T")]), (*TOKENS, "w")
     ngrams = estimate(["not to", "not two", "to be", "two be"], order=2)
     heard = both("not t__o__", "N AA T _ T UW _ _ _ _", 0.55)
     heard[:, len(TOKENS)] += 0.1  # the w is among the labels that are tried
@@ -400,7 +402,7 @@ def test_a_next_word_model_weighs_what_the_searches_found(tmp_path: Path) -> Non
     for phones, share in itertools.product(((), PHONES), (0.0, 1.0)):
         config = BeamConfig(lm_weight=2.0, word_score=0.5, phone_share=0.0, network_share=share, nbest=5)
         scorer = TextScorer(tmp_path / "next-word")
-        search = BeamSearch(ngrams, ngrams.lexicon, tokens, config, phones, said, scorer)
+        search = BeamSearch(Automaton(ngrams), ngrams.lexicon, tokens, config, phones, said, scorer)
         decoder = search()
         decoder.accept(heard if phones else heard[:, : len(tokens)])
         found[bool(phones), share] = text(decoder.finish()[0].tokens, tokens)
@@ -413,11 +415,11 @@ def test_priors_are_taken_off_what_the_network_says() -> None:
     rng = np.random.default_rng(1)
     log_probs = np.concatenate([random_frames(3, 40, len(TOKENS) + 1), random_frames(4, 40, len(PHONES))], axis=1)
     priors = np.log(rng.uniform(0.01, 0.5, log_probs.shape[1])).astype(np.float32)
-    tokens, said = (*TOKENS, "w"), SAID
+    tokens, said = (*TOKENS, "w"), Pronunciations.of(SAID)
 
     def decode(log_probs: np.ndarray, weight: float, given: np.ndarray | None) -> list[tuple[str, float]]:
         config = BeamConfig(lm_weight=0.3, word_score=0.5, prior_weight=weight, nbest=5)
-        decoder = BeamSearch(model, model.lexicon, tokens, config, PHONES, said, None, given)()
+        decoder = BeamSearch(Automaton(model), model.lexicon, tokens, config, PHONES, said, None, given)()
         for start in range(0, 40, 7):
             decoder.accept(log_probs[start : start + 7])
         return [(text(h.tokens, tokens), round(h.score, 3)) for h in decoder.finish()]

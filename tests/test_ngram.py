@@ -289,7 +289,8 @@ def test_the_automaton_scores_as_the_file_defines(tmp_path: Path, order: int) ->
     model = prune(estimate(random_lines(200), order=order, vocabulary=9), threshold=1e-4)
     ngrams = read(model, tmp_path)
     lexicon = ("w1", "never", *(word for word in model.lexicon if word != "w1"))
-    automaton, texts = Automaton(model, lexicon), []
+    automaton, texts = Automaton(model), []
+    called = automaton.numbers(lexicon)
     for line in random_lines(40, seed=1):
         texts.append([lexicon.index(word) if word in lexicon else 1 for word in line.split()])
     expected = []
@@ -300,12 +301,12 @@ def test_the_automaton_scores_as_the_file_defines(tmp_path: Path, order: int) ->
             total += log10_prob(ngrams, context[-(order - 1) :] if order > 1 else (), known)
             context = (*context, known)
         expected.append(total)
-    assert Scorer(automaton, {}).texts(texts) == pytest.approx(expected, abs=1e-4)
-    assert automaton.unigrams[[0, 1]] == pytest.approx([ngrams[("w1",)][0], ngrams[("<unk>",)][0]], abs=1e-6)
+    assert Scorer(automaton, called, {}).texts(texts) == pytest.approx(expected, abs=1e-4)
+    assert automaton.unigrams[called[:2]] == pytest.approx([ngrams[("w1",)][0], ngrams[("<unk>",)][0]], abs=1e-6)
     # a phrase is worth its boost, wherever it stands
     phrase = (lexicon.index("w1"), lexicon.index("w1"))
     said = [sum(text[i : i + 2] == [*phrase] for i in range(len(text))) for text in texts]
-    boosted = Scorer(automaton, {phrase: 2.5}).texts(texts)
+    boosted = Scorer(automaton, called, {phrase: 2.5}).texts(texts)
     assert boosted == pytest.approx(np.array(expected) + 2.5 * np.array(said), abs=1e-4) and any(said)
 
 
@@ -316,7 +317,8 @@ def test_what_was_written_is_read_again(tmp_path: Path) -> None:
         found = read_ngrams(tmp_path / name)
         assert found.words == model.words
         for mine, theirs in zip(model.orders, found.orders, strict=True):
-            for part in ("prefix", "suffix", "word"):
+            looked_up = ("prefix", "suffix", "word")[:: 2 if name == "lm.npz" and mine is model.orders[-1] else 1]
+            for part in looked_up:
                 assert np.array_equal(getattr(mine, part), getattr(theirs, part)), (name, part)
             assert np.nan_to_num(mine.log_prob, neginf=-228.0) == pytest.approx(theirs.log_prob, abs=0.1)
             assert mine.log_prob[3:] == pytest.approx(theirs.log_prob[3:], abs=1e-5)
@@ -335,6 +337,7 @@ def test_arpa_files_of_other_programs_are_read(tmp_path: Path) -> None:
     )
     model = read_ngrams(tmp_path / "lm.arpa")
     assert (set(model.lexicon), [len(grams) for grams in model.orders]) == ({"a", "b"}, [5, 3, 1])
-    scorer = Scorer(Automaton(model, ("a", "b", "c")), {})
+    automaton = Automaton(model)
+    scorer = Scorer(automaton, automaton.numbers(("a", "b", "c")), {})
     assert scorer.texts([(1, 0)]) == pytest.approx([-0.4 - 0.1 - 0.2 - 1.2])
     assert scorer.texts([(2,)])[0] < -90  # a word that it knows nothing of

@@ -6,8 +6,7 @@ search finds is weighed by both, as each hears words that the other misses, and 
 
 import itertools
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,8 +17,8 @@ from asr.decoding.hot_words import check_hot_words
 from asr.decoding.language_model import Automaton, Scorer
 from asr.decoding.lexicon_search import BLANK, IMPOSSIBLE, Lexicon, Running
 from asr.decoding.next_word import UNKNOWN_ID, TextScorer
-from asr.decoding.ngram import NgramModel
 from asr.errors import ConfigError, ModelError
+from asr.lexicon import Pronunciations
 
 _SPACE = " "
 _COMMON_WORDS = 1000  # on the way to their end, hot words count as no more likely than the least of so many words
@@ -34,8 +33,10 @@ _SHARPNESS = 0.3  # of the probabilities that scores stand for: as they are, the
 _HEARD = 0.1  # exponent of the tokens' probabilities in a word's confidence: many right words were hardly heard
 # Beside a search by phones, that by letters finds next to nothing more: it shows what is said meanwhile.
 _LETTERS_SHARE = 8  # of the hypotheses, one in so many then
+_LETTERS_CANDIDATES = 5
 _CANDIDATES = 20  # of each search, that are weighed by tokens and phones
 # A word without a pronunciation: any phones will do, so many for a letter, each a little worse than the likeliest one.
+_NO_WORD = -1
 _PHONES_PER_LETTER, _ANY_PHONE = 0.85, -1.0
 _WAYS = 4  # of a text's pronunciations, that are tried
 
@@ -84,12 +85,12 @@ class BeamSearch:
     """A language model and a lexicon for one vocabulary, shared by all decoders; call it for a new one.
 
     Args:
-        model: the n-grams.
+        ngrams: the language model.
         words: the lexicon; what `tokens` cannot spell is left out.
         tokens: the network's vocabulary: single characters, one of them the space; the blank is token 0.
         config: how to search.
         phones: those that the network writes behind its tokens, their blank first; none, if it writes none.
-        pronunciations: words, each with the phones of one way to say it, parted by spaces.
+        pronunciations: of its words.
         next_word: weighs the texts that are found, beside the n-grams.
         log_priors: of the network's outputs, (tokens + phones,). What it says of a sound and what the language models
             say of a word both count how frequent it is; that is taken off (Bourlard and Morgan 1994; for CTC, whose
@@ -102,12 +103,12 @@ class BeamSearch:
 
     def __init__(
         self,
-        model: NgramModel,
+        ngrams: Automaton,
         words: Sequence[str],
         tokens: Sequence[str],
         config: BeamConfig,
         phones: Sequence[str] = (),
-        pronunciations: Iterable[tuple[str, str]] = (),
+        pronunciations: Pronunciations | None = None,
         next_word: TextScorer | None = None,
         log_priors: np.ndarray | None = None,
     ) -> None:
@@ -121,17 +122,18 @@ class BeamSearch:
         hot_words: dict[str, float] = {}  # the most that each may bring
         for words, boost in hot.items():
             hot_words |= {word: max(boost, hot_words.get(word, 0.0)) for word in words}
-        numbers = {word: i for i, word in enumerate(spelled)}
+        numbers = dict(zip(spelled, range(len(spelled)), strict=True))
         spelled += (word for word in hot_words if word not in numbers)  # in one order in every process
         numbers |= {word: i for i, word in enumerate(spelled[len(numbers) :], len(numbers))}
 
-        ngrams = Automaton(model, spelled)
-        scores = ngrams.unigrams.copy()
+        called = ngrams.numbers(spelled)
+        scores = ngrams.unigrams[called]
         self._next_word = next_word if config.network_share else None
         if self._next_word:
             # Words that it does not know share the probability of <unk> as their unigrams do.
-            self._numbers = [self._next_word.numbers.get(word, UNKNOWN_ID) for word in spelled]
-            unknown = np.array(self._numbers) == UNKNOWN_ID
+            known = map(self._next_word.numbers.get, spelled, itertools.repeat(UNKNOWN_ID))
+            self._numbers = np.fromiter(known, np.int64, len(spelled))
+            unknown = self._numbers == UNKNOWN_ID
             total = np.log10(np.sum(10 ** scores[unknown]) + 1e-12)
             self._shares = np.where(unknown, scores - total, 0.0)
         # More would push all other words with a hot word's first letters out of the search, or in.
@@ -150,11 +152,12 @@ class BeamSearch:
         self.offsets = (-config.prior_weight * known_priors).astype(np.float32)
         self._spelled, self._index = spelled, index
         order = sorted(range(len(spelled)), key=spelled.__getitem__)
-        letters = _codes([spelled[i] + _SPACE for i in order], index)
-        lengths = np.array([len(spelled[i]) + 1 for i in order])
+        in_order = [spelled[i] for i in order]
+        letters = _codes(_SPACE.join([*in_order, ""]), index)
+        lengths = np.fromiter(map(len, in_order), np.int64, len(order)) + 1
         settings = config.lm_weight, config.word_score
         columns = slice(0, len(tokens))
-        self._said = _Said(pronunciations, numbers, phones) if phones else None
+        self._said = _Said(pronunciations, numbers, phones) if phones and pronunciations else None
         if self._said and not len(self._said.words):
             self._said = None
         beam = max(config.beam // _LETTERS_SHARE, 1) if self._said else config.beam
@@ -167,8 +170,8 @@ class BeamSearch:
                 Lexicon(said.phones, said.lengths, said.words, scores, columns, None, config.beam, *settings)
             )
         self.weighs = bool(self._said or self._next_word)  # what the searches find
-        self._plain = Scorer(ngrams, {})
-        self._scorer = Scorer(ngrams, {tuple(numbers[w] for w in words): b for words, b in hot.items()})
+        self._plain = Scorer(ngrams, called, {})
+        self._scorer = Scorer(ngrams, called, {tuple(numbers[w] for w in words): b for words, b in hot.items()})
 
     def __call__(self) -> "BeamDecoder":
         return BeamDecoder(self)
@@ -249,20 +252,17 @@ class _Said:
         any_phone: a number behind those of the phones.
     """
 
-    def __init__(
-        self, pronunciations: Iterable[tuple[str, str]], words: Mapping[str, int], phones: Sequence[str]
-    ) -> None:
-        known = [pair for pair in pronunciations if pair[0] in words and pair[1]]
-        known.sort(key=lambda pair: pair[1])
+    def __init__(self, pronunciations: Pronunciations, words: Mapping[str, int], phones: Sequence[str]) -> None:
         self.any_phone = len(phones)
-        number = defaultdict(int, {phone: i for i, phone in enumerate(phones)})
-        ways = [way for _, way in known]
-        codes = np.fromiter(map(number.__getitem__, " ".join(ways).split()), np.int64)
-        lengths = np.array([way.count(" ") + 1 for way in ways], np.int64)
-        owners = np.array([words[word] for word, _ in known], np.int64)
-        complete = np.minimum.reduceat(codes, np.cumsum(lengths) - lengths) > 0 if ways else np.zeros(0, bool)
-        self.phones = codes[np.repeat(complete, lengths)]
-        self.lengths, self.words = lengths[complete], owners[complete]
+        number = {phone: i for i, phone in enumerate(phones)}
+        codes = np.array([number.get(name, 0) for name in pronunciations.names], np.int64)[pronunciations.phones]
+        starts = np.cumsum(pronunciations.lengths) - pronunciations.lengths
+        owners = np.fromiter(map(words.get, pronunciations.words, itertools.repeat(_NO_WORD)), np.int64)
+        kept = owners != _NO_WORD
+        if len(kept):
+            kept &= np.minimum.reduceat(codes, starts) > 0
+        self.phones = codes[np.repeat(kept, pronunciations.lengths)]
+        self.lengths, self.words = pronunciations.lengths[kept], owners[kept]
         self._starts = np.cumsum(self.lengths) - self.lengths
         self._order = np.argsort(self.words, kind="stable")
         self._sorted = self.words[self._order]
@@ -273,9 +273,9 @@ class _Said:
         return [self.phones[self._starts[i] : self._starts[i] + self.lengths[i]].tolist() for i in found]
 
 
-def _codes(texts: Sequence[str], index: Mapping[str, int]) -> np.ndarray:
-    """The tokens of texts, one after the other."""
-    codes = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32)
+def _codes(text: str, index: Mapping[str, int]) -> np.ndarray:
+    """The tokens of a text."""
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     known = np.array([ord(token) for token in index if len(token) == 1])
     table = np.zeros(int(known.max()) + 1, np.int64)
     table[known] = [index[chr(code)] for code in known.tolist()]
@@ -334,7 +334,8 @@ class BeamDecoder:
                 )
                 for found in by_tokens.finish(nbest)
             ]
-        texts = sorted({found.words for running in (by_tokens, *by_phones) for found in running.finish(_CANDIDATES)})
+        found = by_tokens.finish(_LETTERS_CANDIDATES if by_phones else _CANDIDATES)
+        texts = sorted({f.words for f in (*found, *(f for running in by_phones for f in running.finish(_CANDIDATES)))})
         weighed = self._search.weigh(log_probs + self._search.offsets, texts)
         possible = sorted((words for words in weighed if weighed[words] > -np.inf), key=lambda words: -weighed[words])
         return [

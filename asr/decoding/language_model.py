@@ -1,11 +1,14 @@
 """An n-gram model as an automaton that a search walks with many hypotheses at a time."""
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from asr.decoding.hot_words import Phrases
 from asr.decoding.ngram import END, LOG10, START, UNKNOWN, Grams, NgramModel
+
+_LOWER = -1  # an arc's target: where the same word leads from the state below
 
 
 class Automaton:
@@ -15,87 +18,90 @@ class Automaton:
     hypotheses meet. Logarithms have base 10.
 
     Attributes:
+        lexicon: the words that can be said.
         start: the state after the start of a sentence.
-        unigrams: the score of each word of the lexicon by itself, float64 (lexicon,).
-
-    Args:
-        model: the n-grams.
-        lexicon: words, by their place in it; those that the model does not know are <unk>.
+        unigrams: the score of each of the model's words by itself.
     """
 
-    def __init__(self, model: NgramModel, lexicon: Sequence[str]) -> None:
-        orders = model.orders
+    def __init__(self, model: NgramModel) -> None:
+        self.lexicon, orders = model.lexicon, model.orders
         self._words = len(model.words)
-        number = {word: i for i, word in enumerate(model.words)}
-        self._numbers = np.array([number.get(word, number[UNKNOWN]) for word in lexicon])
-        self._end = number[END]
+        self._number = dict(zip(model.words, range(self._words), strict=True))
 
-        sizes = [len(grams) for grams in orders[:-1]] or [0]
-        first = np.cumsum([1, *sizes])  # of each order's contexts, among states
-        targets: list[np.ndarray] = []  # of each order's n-grams, the state that they lead to
-        lower: list[np.ndarray] = []  # of each order's contexts, the state of their end
-        for n, grams in enumerate(orders):
-            shorter = targets[-1][grams.suffix] if n else np.zeros(len(grams), np.int64)
+        contexts = orders[:-1] or orders  # words by themselves at the least
+        first = np.cumsum([1, *map(len, contexts)], dtype=np.int32)  # of each order's contexts, among states
+        targets: list[np.ndarray] = []  # of each order's n-grams that are contexts, the state that they lead to
+        lower: list[np.ndarray] = [np.zeros(1, np.int32)]  # of each order's contexts, the state of their end
+        for n, grams in enumerate(contexts):
+            shorter = targets[-1][grams.suffix] if n else np.zeros(len(grams), np.int32)
+            lower.append(shorter)
+            tells = grams.log_backoff != 0
             if n + 1 < len(orders):
-                tells = (grams.log_backoff != 0) | (np.bincount(orders[n + 1].prefix, minlength=len(grams)) > 0)
-                lower.append(shorter)
-                shorter = np.where(tells, first[n] + np.arange(len(grams)), shorter)
-            targets.append(shorter)
-        backoffs = [np.zeros(1), *(grams.log_backoff / LOG10 for grams in orders[:-1])]
-        self._backoff, self._lower = np.concatenate(backoffs), np.concatenate([np.zeros(1, np.int64), *lower])
-        self._unigrams, self._after = _scores(orders[0]), targets[0]
-        # Arcs of all other orders, sorted: of state and word, as one number.
-        keys = [(first[n] + grams.prefix) * self._words + grams.word for n, grams in enumerate(orders[1:])]
+                tells |= np.bincount(orders[n + 1].prefix, minlength=len(grams)) > 0
+            targets.append(np.where(tells, np.arange(first[n], first[n + 1], dtype=np.int32), shorter))
+        self._backoff = np.concatenate([np.zeros(1, np.float32), *(grams.log_backoff / LOG10 for grams in contexts)])
+        self._lower = np.concatenate(lower)
+        self.unigrams, self._after = _scores(orders[0]), targets[0]
+        # Arcs of all other orders, sorted: of state and word, as one number. Where those of the highest order lead to
+        # is what the order below says.
+        keys = [(grams.prefix + np.int64(first[n])) * self._words + grams.word for n, grams in enumerate(orders[1:])]
         self._keys = np.concatenate([*keys, [np.iinfo(np.int64).max]])
-        self._scores = np.concatenate([*(_scores(grams) for grams in orders[1:]), [0.0]])
-        self._targets = np.concatenate([*targets[1:], [0]])
-        self.start = int(targets[0][number[START]])
-        self.unigrams = self._unigrams[self._numbers]
+        self._scores = np.concatenate([*(_scores(grams) for grams in orders[1:]), np.zeros(1, np.float32)])
+        self._targets = np.concatenate([*targets[1:], np.full(1, _LOWER, np.int32)])
+        self.start = int(targets[0][self._number[START]])
 
-    def step(self, states: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Read a word of the lexicon in each state: its score, float64 (n,), and the state after it, int64 (n,)."""
-        return self._read(states, self._numbers[words])
+    def numbers(self, words: Sequence[str]) -> np.ndarray:
+        """What the model calls words, int64 (words,): those that it does not know, <unk>."""
+        unknown = itertools.repeat(self._number[UNKNOWN])
+        return np.fromiter(map(self._number.get, words, unknown), np.int64, len(words))
 
     def finish(self, states: np.ndarray) -> np.ndarray:
         """The score of the end of the sentence in each state, float64 (n,)."""
-        return self._read(states, np.full(len(states), self._end))[0]
+        return self.step(states, np.full(len(states), self._number[END]))[0]
 
-    def _read(self, states: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def step(self, states: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Read a word, as the model calls it, in each state: its score, float64 (n,), and the next state, int64."""
         scores, after = np.zeros(len(states)), np.empty(len(states), np.int64)
-        open_ = np.arange(len(states))
+        open_, scored = np.arange(len(states)), np.zeros(len(states), bool)
         while len(open_):
-            place = np.searchsorted(self._keys, states * self._words + words)
-            known = self._keys[place] == states * self._words + words
-            scores[open_[known]] += self._scores[place[known]]
-            after[open_[known]] = self._targets[place[known]]
-            bare = ~known & (states == 0)
-            scores[open_[bare]] += self._unigrams[words[bare]]
-            after[open_[bare]] = self._after[words[bare]]
-            left = ~known & ~bare
-            open_, states, words = open_[left], states[left], words[left]
-            scores[open_] += self._backoff[states]
-            states = self._lower[states]
+            wanted = states * self._words + words
+            place = np.searchsorted(self._keys, wanted)
+            known, bare = self._keys[place] == wanted, states == 0
+            bare &= ~known
+            counts = known & ~scored
+            scores[open_[counts]] += self._scores[place[counts]]
+            scored |= known
+            target = np.where(known, self._targets[np.minimum(place, len(self._targets) - 1)], _LOWER)
+            target[bare] = self._after[words[bare]]
+            scores[open_[bare & ~scored]] += self.unigrams[words[bare & ~scored]]
+            found = target != _LOWER
+            after[open_[found]] = target[found]
+            left = ~found
+            open_, states, words, scored = open_[left], states[left], words[left], scored[left]
+            scores[open_[~scored]] += self._backoff[states[~scored]]
+            states = self._lower[states].astype(np.int64)
         return scores, after
 
 
 class Scorer:
-    """An n-gram model and phrases that are likelier than it thinks, as one automaton.
+    """An n-gram model and phrases that are likelier than it thinks, as one automaton over the words of a lexicon.
 
     Args:
         ngrams: the model.
-        phrases: what they are worth, in its base-10 logarithms.
+        words: what it calls those of the lexicon (see `Automaton.numbers`).
+        phrases: what they are worth, in its base-10 logarithms; of places in the lexicon.
     """
 
-    def __init__(self, ngrams: Automaton, phrases: Mapping[tuple[int, ...], float]) -> None:
-        self._ngrams, self._phrases = ngrams, Phrases(phrases)
+    def __init__(self, ngrams: Automaton, words: np.ndarray, phrases: Mapping[tuple[int, ...], float]) -> None:
+        self._ngrams, self._words, self._phrases = ngrams, words, Phrases(phrases)
         self._hot = np.array(sorted({word for words in phrases for word in words}), np.int64)
         self._nodes = len(self._phrases)
         self.start = ngrams.start * self._nodes
 
     def step(self, states: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As the Automaton's."""
+        """As the Automaton's, of places in the lexicon."""
         contexts, nodes = np.divmod(states, self._nodes)
-        scores, after = self._ngrams.step(contexts, words)
+        scores, after = self._ngrams.step(contexts, self._words[words])
         after *= self._nodes
         if self._nodes > 1:
             for i in np.flatnonzero((nodes > 0) | np.isin(words, self._hot)).tolist():

@@ -1,6 +1,7 @@
 """Word n-gram language models: interpolated modified Kneser-Ney, pruned."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from asr.errors import TextError
 UNKNOWN, START, END = "<unk>", "<s>", "</s>"
 _UNKNOWN, _START, _END = 0, 1, 2  # their word indices
 _FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)  # where a text is too small to estimate them
-LOG10 = np.log(10.0)
+LOG10 = math.log(10.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +22,7 @@ class Grams:
 
     Attributes:
         prefix: the n-gram without its last word, as an index into the order below (0 for words).
-        suffix: the n-gram without its first word, likewise.
+        suffix: the n-gram without its first word, likewise; -1, not looked up, in the highest order of a packed file.
         word: index of the last word.
         count: how often it occurs.
         log_prob: natural log of the last word's probability after the others.
@@ -44,7 +45,7 @@ class Grams:
         Args:
             words: how many the vocabulary has.
         """
-        keys, wanted = self.prefix * words + self.word, prefix * words + word
+        keys, wanted = (p.astype(np.int64) * words + w for p, w in ((self.prefix, self.word), (prefix, word)))
         place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
         return np.where((keys[place] == wanted) & (prefix >= 0), place, -1)
 

@@ -58,11 +58,10 @@ def _planes(numbers: np.ndarray) -> np.ndarray:
 
 
 def _numbers(planes: np.ndarray) -> np.ndarray:
-    """What `_planes` made bytes of, int64 (n,)."""
-    numbers = np.zeros(planes.shape[1], np.int64)
-    for i, plane in enumerate(planes):
-        numbers |= plane.astype(np.int64) << 8 * i
-    return numbers
+    """What `_planes` made bytes of, int32 (n,)."""
+    numbers = np.zeros((planes.shape[1], 4), np.uint8)
+    numbers[:, : len(planes)] = planes.T
+    return numbers.view("<i4")[:, 0]
 
 
 def read_ngrams(path: Path) -> NgramModel:
@@ -91,20 +90,21 @@ def _read_packed(path: Path) -> NgramModel:
     words = tuple(arrays["words"].tobytes().decode().split("\n"))
 
     orders: list[Grams] = []
-    for n in range(1, int(arrays["orders"]) + 1):
+    highest = int(arrays["orders"])
+    for n in range(1, highest + 1):
         children, deltas = _numbers(arrays[f"{n}.children"]), _numbers(arrays[f"{n}.word"])
-        prefix = np.repeat(np.arange(len(children)), children)
-        starts = np.cumsum(children) - children
-        sums = np.cumsum(deltas)
-        before = np.where(starts > 0, sums[np.maximum(starts, 1) - 1], 0)
+        prefix = np.repeat(np.arange(len(children), dtype=np.int32), children)
+        sums = np.cumsum(deltas, dtype=np.int32)  # what overflows falls out again
+        before = np.append(np.int32(0), sums)[np.cumsum(children) - children]
         word = sums - np.repeat(before, children)
         log_prob, log_backoff = (
-            (_numbers(arrays[name]) + int(arrays[f"{name}.least"])) * scale
+            (_numbers(arrays[name]) + np.int32(arrays[f"{name}.least"])) * np.float32(scale)
             for name in (f"{n}.log_prob", f"{n}.log_backoff")
         )
-        suffix = np.zeros(len(word), np.int64) if n == 1 else word
-        if n > 2:
-            suffix = orders[-1].find(orders[-1].suffix[prefix], word, len(words))
+        suffix = np.zeros_like(word) if n == 1 else word
+        if n > 2:  # the longest search of all, for what a search by the model looks up where it comes to it
+            last = n == highest
+            suffix = np.full_like(word, -1) if last else orders[-1].find(orders[-1].suffix[prefix], word, len(words))
         orders.append(_uncounted(prefix, suffix, word, log_prob, log_backoff))
     return NgramModel(words=words, orders=tuple(orders))
 

@@ -9,6 +9,7 @@ import numpy as np
 from asr.audio import EDGE_SILENCE_SECONDS, SAMPLE_RATE
 from asr.decoding.beam import BeamConfig, BeamSearch
 from asr.decoding.greedy import GreedyDecoder
+from asr.decoding.language_model import Automaton
 from asr.decoding.lexicon_search import LIKELIEST, THRESHOLD
 from asr.decoding.ngram import NgramModel
 from asr.decoding.ngram_files import read_ngrams, write_arpa
@@ -27,8 +28,8 @@ def run(setting: Setting) -> list[Figure]:
     folder = setting.network("offline")
     model = read_ngrams(find_language_model(setting.model))
     words, config = model.lexicon, BeamConfig()
-    tokens = Tokenizer.load(folder / "tokens.txt").tokens
-    search = BeamSearch(model, words, tokens, config)
+    tokens, ngrams = Tokenizer.load(folder / "tokens.txt").tokens, Automaton(model)
+    search = BeamSearch(ngrams, words, tokens, config)
     edge = np.zeros(round(EDGE_SILENCE_SECONDS * SAMPLE_RATE), np.float32)
     engine = load_engine(folder)
     padded = [np.concatenate([edge, x, edge]) for x in setting.speech]
@@ -59,7 +60,7 @@ def run(setting: Setting) -> list[Figure]:
     }
     phones, lexicon = phones_at_output(folder), find_lexicon(setting.model)
     if phones and lexicon:
-        both = BeamSearch(model, words, tokens, config, phones, read_pronunciations(lexicon))
+        both = BeamSearch(ngrams, words, tokens, config, phones, read_pronunciations(lexicon))
         heard = load_engine(folder, phones=True).log_probs(padded)  # type: ignore[union-attr]
 
         def by_sound_too() -> None:
