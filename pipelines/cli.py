@@ -26,7 +26,7 @@ Train a model on recordings of your own:
   asr train configs/own_streaming.toml --workers 2 --out runs/mine
   asr evaluate --model runs/mine/model test.jsonl --streaming
   asr export runs/mine -o mymodel
-  asr train-lm text.txt --out mymodel  [dim]# then: --decoding beam[/dim]
+  asr train-lm text.txt --out mymodel  [dim]# the beam search uses it[/dim]
 
 [bold]Exit status[/bold]  0 all well, 1 something failed (named on stderr), 2 wrong usage, 130 interrupted.
 """

@@ -137,6 +137,12 @@ def find_prediction(network: Path) -> Path:
     return network / PREDICTION_FILE
 
 
+def has_language_model(path: str | Path | None) -> bool:
+    """Whether a model folder has n-grams; None is the shipped model."""
+    folder = shipped_model() if path is None else Path(path)
+    return any((folder / LM_FOLDER / name).is_file() for name in _LM_FILES)
+
+
 def find_language_model(path: str | Path | None) -> Path:
     """The n-gram model of a model folder; None is the shipped model.
 
@@ -144,9 +150,9 @@ def find_language_model(path: str | Path | None) -> Path:
         ModelError: it has none; the message says how to make it.
     """
     folder = shipped_model() if path is None else Path(path)
-    for name in _LM_FILES:
-        if (folder / LM_FOLDER / name).is_file():
-            return folder / LM_FOLDER / name
+    for file in (folder / LM_FOLDER / name for name in _LM_FILES):
+        if file.is_file():
+            return file
     raise ModelError(
         f"{folder}: beam search needs a language model, and {LM_FOLDER}/ is missing or incomplete; "
         f"`asr train-lm TEXT --out {folder}` makes one"

@@ -28,6 +28,7 @@ from asr.training.start import check_inputs, take_weights
 from asr.training.step import Losses, choose_precision, ctc, features_of, learning_rate, rnnt
 
 _BAD_STEPS_IN_A_ROW = 20
+_CRF_PRIORS = 0.3  # of the phones' log-priors, that a search is to take off (docs/trials.md)
 _PRIOR_MINUTES = 10.0  # of speech, over which the outputs' mean probabilities are measured
 Report = Callable[[dict], None]
 
@@ -323,7 +324,10 @@ class Trainer:
 
     @torch.no_grad()
     def _measure_priors(self) -> np.ndarray:
-        """The logarithm of each output's mean probability over training speech as it was recorded."""
+        """The logarithm of each output's mean probability over training speech as it was recorded.
+
+        Of a CTC-CRF's phones, a part of it: most of what is frequent its denominator has taken off.
+        """
         self.network.eval()
         loader = Loader(self.corpus, self.config, self.config.features.hop, augment=False)
         total, count = torch.zeros(()), 0
@@ -335,7 +339,10 @@ class Trainer:
             spoken = valid(frames, outputs.shape[1])
             total = total + outputs[spoken].exp().sum(0).cpu()
             count += int(frames.sum())
-        return np.log(np.maximum(total.numpy() / max(count, 1), 1e-6), dtype=np.float32)
+        log_priors = np.log(np.maximum(total.numpy() / max(count, 1), 1e-6), dtype=np.float32)
+        if self.config.training.crf_weight:
+            log_priors[len(self.corpus.tokenizer) :] *= _CRF_PRIORS
+        return log_priors
 
     def _finish(self) -> Path:
         """Average the last epochs where that scores better than the best one, and write the model folder."""

@@ -48,6 +48,14 @@ DecodingOption = Annotated[
         rich_help_panel=HOW,
     ),
 ]
+BestDecodingOption = Annotated[
+    Decoding | None,
+    typer.Option(
+        help="beam: with the language model of the model folder; greedy: without, at next to no cost; transducer: by a "
+        "network that has one. Unless given: beam, where there is a language model.",
+        rich_help_panel=HOW,
+    ),
+]
 BEAM = "How to search with --decoding beam"
 BeamOption = Annotated[
     int | None, typer.Option(min=1, help="Hypotheses to keep; more find more, slower.", rich_help_panel=BEAM)
@@ -97,14 +105,19 @@ AddressOption = Annotated[str | None, typer.Option(help="A running Ray cluster, 
 
 def recognizer_options(
     model: Path | None,
-    decoding: Decoding,
+    decoding: Decoding | None,
     engine: Engine,
     precision: Precision | None,
     threads: int,
     rules: Sequence[str] | None = None,
     **search: Any,
 ) -> Any:
+    """How to recognize; without `decoding`, with the language model, if there is one, or if what is given needs it."""
     given = {name: value for name, value in search.items() if value is not None}
+    if decoding is None:
+        from asr.runtime.folder import has_language_model
+
+        decoding = "beam" if given or has_language_model(model) else "greedy"
     if given and decoding != "beam":
         named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise typer.BadParameter(f"{named}: only with --decoding beam")
