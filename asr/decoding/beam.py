@@ -151,17 +151,17 @@ class BeamSearch:
         known_priors = np.zeros(outputs) if log_priors is None else log_priors[:outputs]
         self.offsets = (-config.prior_weight * known_priors).astype(np.float32)
         self._spelled, self._index = spelled, index
-        order = sorted(range(len(spelled)), key=spelled.__getitem__)
-        in_order = [spelled[i] for i in order]
+        in_order = sorted(spelled)
+        order = np.fromiter(map(numbers.__getitem__, in_order), np.int64, len(in_order))
         letters = _codes(_SPACE.join([*in_order, ""]), index)
-        lengths = np.fromiter(map(len, in_order), np.int64, len(order)) + 1
+        lengths = np.fromiter(map(len, in_order), np.int64, len(in_order)) + 1
         settings = config.lm_weight, config.word_score
         columns = slice(0, len(tokens))
         self._said = _Said(pronunciations, numbers, phones) if phones and pronunciations else None
         if self._said and not len(self._said.words):
             self._said = None
         beam = max(config.beam // _LETTERS_SHARE, 1) if self._said else config.beam
-        self._lexicons = [Lexicon(letters, lengths, np.array(order), scores, columns, self.space, beam, *settings)]
+        self._lexicons = [Lexicon(letters, lengths, order, scores, columns, self.space, beam, *settings)]
         if self._said:
             said = self._said
             settings = config.lm_weight * _BY_PHONES[0], config.word_score + _BY_PHONES[1]
