@@ -13,6 +13,7 @@ from asr.files import write_atomically
 from asr.text import normalize
 
 UNKNOWN = "<oov>"
+_SPACE, _NEWLINE = b" \n"
 
 
 @cache
@@ -119,9 +120,6 @@ class Pronunciations:
         spelled = data[np.repeat(is_word, sizes + 1)].tobytes().decode()  # each with the space behind it
         lengths = np.diff(np.append(np.flatnonzero(is_word), len(starts))) - 1
         return cls(words=spelled.split(" ")[:-1], phones=number[codes], lengths=lengths, names=names)
-
-
-_SPACE, _NEWLINE = b" \n"
 
 
 def read_pronunciations(path: Path) -> Pronunciations:

@@ -36,8 +36,8 @@ _LETTERS_SHARE = 8  # of the hypotheses, one in so many then
 _LETTERS_CANDIDATES = 5
 _CANDIDATES = 20  # of each search, that are weighed by tokens and phones
 # A word without a pronunciation: any phones will do, so many for a letter, each a little worse than the likeliest one.
-_NO_WORD = -1
 _PHONES_PER_LETTER, _ANY_PHONE = 0.85, -1.0
+_NO_WORD = -1
 _WAYS = 4  # of a text's pronunciations, that are tried
 
 

@@ -73,7 +73,8 @@ class Automaton:
             scored |= known
             target = np.where(known, self._targets[np.minimum(place, len(self._targets) - 1)], _LOWER)
             target[bare] = self._after[words[bare]]
-            scores[open_[bare & ~scored]] += self.unigrams[words[bare & ~scored]]
+            counts = bare & ~scored
+            scores[open_[counts]] += self.unigrams[words[counts]]
             found = target != _LOWER
             after[open_[found]] = target[found]
             left = ~found

@@ -139,8 +139,12 @@ def find_prediction(network: Path) -> Path:
 
 def has_language_model(path: str | Path | None) -> bool:
     """Whether a model folder has n-grams; None is the shipped model."""
-    folder = shipped_model() if path is None else Path(path)
-    return any((folder / LM_FOLDER / name).is_file() for name in _LM_FILES)
+    return _language_model(shipped_model() if path is None else Path(path)) is not None
+
+
+def _language_model(folder: Path) -> Path | None:
+    files = (folder / LM_FOLDER / name for name in _LM_FILES)
+    return next((file for file in files if file.is_file()), None)
 
 
 def find_language_model(path: str | Path | None) -> Path:
@@ -150,9 +154,8 @@ def find_language_model(path: str | Path | None) -> Path:
         ModelError: it has none; the message says how to make it.
     """
     folder = shipped_model() if path is None else Path(path)
-    for file in (folder / LM_FOLDER / name for name in _LM_FILES):
-        if file.is_file():
-            return file
+    if (file := _language_model(folder)) is not None:
+        return file
     raise ModelError(
         f"{folder}: beam search needs a language model, and {LM_FOLDER}/ is missing or incomplete; "
         f"`asr train-lm TEXT --out {folder}` makes one"
