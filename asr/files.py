@@ -1,8 +1,13 @@
 """Files that are whole or not there: written under a temporary name, then renamed."""
 
+import io
 import os
 import shutil
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -10,6 +15,18 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(temporary, path)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write what np.load reads as .npz, packed well; byte for byte the same each time."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as file:
+        for name, array in arrays.items():
+            content = io.BytesIO()
+            np.save(content, array, allow_pickle=False)
+            about = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
+            file.writestr(about, content.getvalue(), zipfile.ZIP_DEFLATED, 9)
+    write_atomically(path, packed.getvalue())
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:

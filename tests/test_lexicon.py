@@ -1,9 +1,9 @@
 """asr.lexicon: words as phones."""
 
 import builtins
-import gzip
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from asr import lexicon
@@ -45,21 +45,29 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_pronunciations_are_sorted_by_phones_and_numbered() -> None:
-    said = lexicon.Pronunciations.of([("two", "T UW"), ("bee", "B IY"), ("to", "T UW"), ("tomato", "T AH M EY T OW")])
-    assert said.words == ["bee", "tomato", "to", "two"]
+    words = ["two", "unheard", "bee", "to", "tomato"]
+    ways = [("two", "T UW"), ("bee", "B IY"), ("to", "T UW"), ("tomato", "T AH M EY T OW")]
+    said = lexicon.Pronunciations.of(ways, words)
+    assert said.words.tolist() == [2, 4, 0, 3]
     assert said.lengths.tolist() == [2, 6, 2, 2]
     spelled = [said.names[i] for i in said.phones]
     assert spelled == ["B", "IY", "T", "AH", "M", "EY", "T", "OW", "T", "UW", "T", "UW"]
 
 
 def test_written_pronunciations_are_read_again(tmp_path: Path) -> None:
-    path = tmp_path / "lexicon.txt.gz"
-    lexicon.write_pronunciations(path, ["tomato", "a", "nobody's-word"])
-    said = lexicon.read_pronunciations(path)
-    assert sorted(set(said.words)) == ["a", "tomato"] and said.words.count("tomato") == 2
-    lexicon.write_pronunciations(path, [])
-    assert lexicon.read_pronunciations(path).words == []
-    for damaged in (b"no gzip", gzip.compress(b"to T UW\nbe"), gzip.compress(b"to\n"), gzip.compress(b"a TSCH\n")):
+    path, words = tmp_path / "lexicon.npz", ["nobody's-word", "a", "tomato"]
+    lexicon.write_pronunciations(path, words)
+    said = lexicon.read_pronunciations(path, words)
+    ends = np.cumsum(said.lengths)
+    ways = {tuple(said.names[i] for i in said.phones[b - n : b]) for b, n in zip(ends, said.lengths, strict=True)}
+    assert {("AH",), ("T", "AH", "M", "EY", "T", "OW"), ("T", "AH", "M", "AA", "T", "OW")} <= ways
+    assert np.bincount(said.words, minlength=3).tolist() == [0, 2, 2]
+    whole = path.read_bytes()
+    with pytest.raises(ModelError, match=r"lexicon\.npz: does not belong to the n-grams beside it"):
+        lexicon.read_pronunciations(path, ["a", *words])
+    for damaged in (b"no zip", whole[:-100], b""):
         path.write_bytes(damaged)
-        with pytest.raises(ModelError, match=r"lexicon\.txt\.gz: not readable as pronunciations"):
-            lexicon.read_pronunciations(path)
+        with pytest.raises(ModelError, match=r"lexicon\.npz: not readable as pronunciations"):
+            lexicon.read_pronunciations(path, words)
+    lexicon.write_pronunciations(path, [])
+    assert not len(lexicon.read_pronunciations(path, []).words)

@@ -15,7 +15,7 @@ from asr.decoding import Best, Hypothesis, TokenSpan
 from asr.decoding.ctc import align, log_likelihoods
 from asr.decoding.hot_words import check_hot_words
 from asr.decoding.language_model import Automaton, Scorer
-from asr.decoding.lexicon_search import BLANK, IMPOSSIBLE, Lexicon, Running
+from asr.decoding.lexicon_search import BLANK, IMPOSSIBLE, Lexicon, Running, ranges
 from asr.decoding.next_word import UNKNOWN_ID, TextScorer
 from asr.errors import ConfigError, ModelError
 from asr.lexicon import Pronunciations
@@ -86,11 +86,11 @@ class BeamSearch:
 
     Args:
         ngrams: the language model.
-        words: the lexicon; what `tokens` cannot spell is left out.
+        words: the lexicon; what `tokens` cannot spell is left out. Fastest where it is that of `ngrams`.
         tokens: the network's vocabulary: single characters, one of them the space; the blank is token 0.
         config: how to search.
         phones: those that the network writes behind its tokens, their blank first; none, if it writes none.
-        pronunciations: of its words.
+        pronunciations: of the lexicon's words.
         next_word: weighs the texts that are found, beside the n-grams.
         log_priors: of the network's outputs, (tokens + phones,). What it says of a sound and what the language models
             say of a word both count how frequent it is; that is taken off (Bourlard and Morgan 1994; for CTC, whose
@@ -113,8 +113,13 @@ class BeamSearch:
         log_priors: np.ndarray | None = None,
     ) -> None:
         index = {token: i for i, token in enumerate(tokens) if i != BLANK}
-        foreign = set("".join(words)) - index.keys()
-        spelled = [word for word in words if word and not (foreign and foreign & set(word))]
+        spelled, letters, place = words, _letters(words), None
+        foreign = {chr(letter) for letter in np.flatnonzero(np.bincount(letters)).tolist()} - index.keys()
+        if foreign or not all(words):
+            kept = [i for i, word in enumerate(words) if word and not foreign & set(word)]
+            spelled = [words[i] for i in kept]
+            place = np.full(len(words), _NO_WORD)  # of each word, among those
+            place[kept] = np.arange(len(kept))
         if _SPACE not in index or not spelled:
             reason = "spells no word of the lexicon" if _SPACE in index else "has no space"
             raise ConfigError(f"beam search: the vocabulary of {len(tokens)} tokens {reason}")
@@ -122,9 +127,11 @@ class BeamSearch:
         hot_words: dict[str, float] = {}  # the most that each may bring
         for words, boost in hot.items():
             hot_words |= {word: max(boost, hot_words.get(word, 0.0)) for word in words}
-        numbers = dict(zip(spelled, range(len(spelled)), strict=True))
-        spelled += (word for word in hot_words if word not in numbers)  # in one order in every process
-        numbers |= {word: i for i, word in enumerate(spelled[len(numbers) :], len(numbers))}
+        numbers: dict[str, int] = {}
+        if hot_words:
+            numbers = dict(zip(spelled, range(len(spelled)), strict=True))
+            spelled = [*spelled, *(word for word in hot_words if word not in numbers)]  # in one order in every process
+            numbers |= {word: i for i, word in enumerate(spelled[len(numbers) :], len(numbers))}
 
         called = ngrams.numbers(spelled)
         scores = ngrams.unigrams[called]
@@ -151,17 +158,18 @@ class BeamSearch:
         known_priors = np.zeros(outputs) if log_priors is None else log_priors[:outputs]
         self.offsets = (-config.prior_weight * known_priors).astype(np.float32)
         self._spelled, self._index = spelled, index
-        in_order = sorted(spelled)
-        order = np.fromiter(map(numbers.__getitem__, in_order), np.int64, len(in_order))
-        letters = _codes(_SPACE.join([*in_order, ""]), index)
-        lengths = np.fromiter(map(len, in_order), np.int64, len(in_order)) + 1
+        letters = letters if spelled is words else _letters(spelled)
+        ends = np.flatnonzero(letters == ord(_SPACE))
+        lengths = np.diff(ends, prepend=-1)
+        order = np.array(sorted(range(len(spelled)), key=spelled.__getitem__))
+        letters = _token_table(index)[letters[ranges(ends[order] + 1 - lengths[order], lengths[order])[1]]]
         settings = config.lm_weight, config.word_score
         columns = slice(0, len(tokens))
-        self._said = _Said(pronunciations, numbers, phones) if phones and pronunciations else None
+        self._said = _Said(pronunciations, place, phones) if phones and pronunciations else None
         if self._said and not len(self._said.words):
             self._said = None
         beam = max(config.beam // _LETTERS_SHARE, 1) if self._said else config.beam
-        self._lexicons = [Lexicon(letters, lengths, order, scores, columns, self.space, beam, *settings)]
+        self._lexicons = [Lexicon(letters, lengths[order], order, scores, columns, self.space, beam, *settings)]
         if self._said:
             said = self._said
             settings = config.lm_weight * _BY_PHONES[0], config.word_score + _BY_PHONES[1]
@@ -252,17 +260,18 @@ class _Said:
         any_phone: a number behind those of the phones.
     """
 
-    def __init__(self, pronunciations: Pronunciations, words: Mapping[str, int], phones: Sequence[str]) -> None:
+    def __init__(self, pronunciations: Pronunciations, place: np.ndarray | None, phones: Sequence[str]) -> None:
         self.any_phone = len(phones)
         number = {phone: i for i, phone in enumerate(phones)}
         codes = np.array([number.get(name, 0) for name in pronunciations.names], np.int64)[pronunciations.phones]
         starts = np.cumsum(pronunciations.lengths) - pronunciations.lengths
-        owners = np.fromiter(map(words.get, pronunciations.words, itertools.repeat(_NO_WORD)), np.int64)
-        kept = owners != _NO_WORD
-        if len(kept):
-            kept &= np.minimum.reduceat(codes, starts) > 0
-        self.phones = codes[np.repeat(kept, pronunciations.lengths)]
-        self.lengths, self.words = pronunciations.lengths[kept], owners[kept]
+        self.phones, self.lengths, self.words = codes, pronunciations.lengths, pronunciations.words
+        if place is not None or not codes.all():
+            self.words = self.words if place is None else place[self.words]
+            kept = self.words != _NO_WORD
+            kept &= np.minimum.reduceat(codes, starts) > 0 if len(kept) else True
+            self.phones = codes[np.repeat(kept, pronunciations.lengths)]
+            self.lengths, self.words = pronunciations.lengths[kept], self.words[kept]
         self._starts = np.cumsum(self.lengths) - self.lengths
         self._order = np.argsort(self.words, kind="stable")
         self._sorted = self.words[self._order]
@@ -273,13 +282,17 @@ class _Said:
         return [self.phones[self._starts[i] : self._starts[i] + self.lengths[i]].tolist() for i in found]
 
 
-def _codes(text: str, index: Mapping[str, int]) -> np.ndarray:
-    """The tokens of a text."""
-    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+def _letters(words: Sequence[str]) -> np.ndarray:
+    """The letters of words, each with the space behind it, as code points, (letters,)."""
+    return np.frombuffer(_SPACE.join([*words, ""]).encode("utf-32-le"), np.uint32)
+
+
+def _token_table(index: Mapping[str, int]) -> np.ndarray:
+    """The tokens of letters, by code point."""
     known = np.array([ord(token) for token in index if len(token) == 1])
     table = np.zeros(int(known.max()) + 1, np.int64)
     table[known] = [index[chr(code)] for code in known.tolist()]
-    return table[codes]
+    return table
 
 
 class BeamDecoder:

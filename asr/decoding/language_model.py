@@ -1,7 +1,8 @@
 """An n-gram model as an automaton that a search walks with many hypotheses at a time."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -17,17 +18,61 @@ class Automaton:
     A context that tells nothing of the next word is the same state as the longest end of it that does, so that
     hypotheses meet. Logarithms have base 10.
 
+    Args:
+        model: its words by themselves may be enough;
+        whole: then gives the whole model, when it is first needed, which may be ready before.
+
     Attributes:
         lexicon: the words that can be said.
-        start: the state after the start of a sentence.
         unigrams: the score of each of the model's words by itself.
     """
 
-    def __init__(self, model: NgramModel) -> None:
-        self.lexicon, orders = model.lexicon, model.orders
-        self._words = len(model.words)
-        self._number = dict(zip(model.words, range(self._words), strict=True))
+    def __init__(self, model: NgramModel, whole: "Callable[[], Arcs] | None" = None) -> None:
+        self._names, self.lexicon = model.words, model.lexicon
+        self._first = len(model.words) - len(self.lexicon)  # what the model calls the first word of the lexicon
+        self.unigrams = _scores(model.orders[0])
+        self._whole = whole or (lambda: Arcs(model))
 
+    @cached_property
+    def _arcs(self) -> "Arcs":
+        return self._whole()
+
+    @cached_property
+    def _number(self) -> dict[str, int]:
+        return dict(zip(self._names, range(len(self._names)), strict=True))
+
+    @property
+    def start(self) -> int:
+        """The state after the start of a sentence."""
+        return self._arcs.start
+
+    def numbers(self, words: Sequence[str]) -> np.ndarray:
+        """What the model calls words, int64 (words,): those that it does not know, <unk>."""
+        if words is self.lexicon:
+            return np.arange(self._first, self._first + len(words))
+        unknown = itertools.repeat(self._number[UNKNOWN])
+        return np.fromiter(map(self._number.get, words, unknown), np.int64, len(words))
+
+    def finish(self, states: np.ndarray) -> np.ndarray:
+        """The score of the end of the sentence in each state, float64 (n,)."""
+        return self.step(states, np.full(len(states), self._arcs.end))[0]
+
+    def step(self, states: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Read a word, as the model calls it, in each state: its score, float64 (n,), and the next state, int64."""
+        return self._arcs.step(states, words)
+
+
+class Arcs:
+    """The states of an Automaton, and where words lead from each.
+
+    Attributes:
+        start: the state after the start of a sentence.
+        end: what the model calls the end of one.
+    """
+
+    def __init__(self, model: NgramModel) -> None:
+        orders, self._words = model.orders, len(model.words)
+        self.end = model.words.index(END)
         contexts = orders[:-1] or orders  # words by themselves at the least
         first = np.cumsum([1, *map(len, contexts)], dtype=np.int32)  # of each order's contexts, among states
         targets: list[np.ndarray] = []  # of each order's n-grams that are contexts, the state that they lead to
@@ -37,30 +82,29 @@ class Automaton:
             lower.append(shorter)
             tells = grams.log_backoff != 0
             if n + 1 < len(orders):
-                tells |= np.bincount(orders[n + 1].prefix, minlength=len(grams)) > 0
+                tells[orders[n + 1].prefix] = True
             targets.append(np.where(tells, np.arange(first[n], first[n + 1], dtype=np.int32), shorter))
-        self._backoff = np.concatenate([np.zeros(1, np.float32), *(grams.log_backoff / LOG10 for grams in contexts)])
+        backoffs = [np.asarray(grams.log_backoff / LOG10, np.float32) for grams in contexts]
+        self._backoff = np.concatenate([np.zeros(1, np.float32), *backoffs])
         self._lower = np.concatenate(lower)
-        self.unigrams, self._after = _scores(orders[0]), targets[0]
+        self._unigrams, self._after = _scores(orders[0]), targets[0]
         # Arcs of all other orders, sorted: of state and word, as one number. Where those of the highest order lead to
         # is what the order below says.
-        keys = [(grams.prefix + np.int64(first[n])) * self._words + grams.word for n, grams in enumerate(orders[1:])]
-        self._keys = np.concatenate([*keys, [np.iinfo(np.int64).max]])
+        self._keys = np.empty(sum(map(len, orders[1:])) + 1, np.int64)
+        self._keys[-1] = np.iinfo(np.int64).max
+        place = 0
+        for n, grams in enumerate(orders[1:]):
+            keys = self._keys[place : place + len(grams)]
+            np.add(grams.prefix, first[n], out=keys)
+            keys *= self._words
+            keys += grams.word
+            place += len(grams)
         self._scores = np.concatenate([*(_scores(grams) for grams in orders[1:]), np.zeros(1, np.float32)])
         self._targets = np.concatenate([*targets[1:], np.full(1, _LOWER, np.int32)])
-        self.start = int(targets[0][self._number[START]])
-
-    def numbers(self, words: Sequence[str]) -> np.ndarray:
-        """What the model calls words, int64 (words,): those that it does not know, <unk>."""
-        unknown = itertools.repeat(self._number[UNKNOWN])
-        return np.fromiter(map(self._number.get, words, unknown), np.int64, len(words))
-
-    def finish(self, states: np.ndarray) -> np.ndarray:
-        """The score of the end of the sentence in each state, float64 (n,)."""
-        return self.step(states, np.full(len(states), self._number[END]))[0]
+        self.start = int(targets[0][model.words.index(START)])
 
     def step(self, states: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Read a word, as the model calls it, in each state: its score, float64 (n,), and the next state, int64."""
+        """See Automaton."""
         scores, after = np.zeros(len(states)), np.empty(len(states), np.int64)
         open_, scored = np.arange(len(states)), np.zeros(len(states), bool)
         while len(open_):
@@ -74,7 +118,7 @@ class Automaton:
             target = np.where(known, self._targets[np.minimum(place, len(self._targets) - 1)], _LOWER)
             target[bare] = self._after[words[bare]]
             counts = bare & ~scored
-            scores[open_[counts]] += self.unigrams[words[counts]]
+            scores[open_[counts]] += self._unigrams[words[counts]]
             found = target != _LOWER
             after[open_[found]] = target[found]
             left = ~found
@@ -97,7 +141,11 @@ class Scorer:
         self._ngrams, self._words, self._phrases = ngrams, words, Phrases(phrases)
         self._hot = np.array(sorted({word for words in phrases for word in words}), np.int64)
         self._nodes = len(self._phrases)
-        self.start = ngrams.start * self._nodes
+
+    @property
+    def start(self) -> int:
+        """The state at the start."""
+        return self._ngrams.start * self._nodes
 
     def step(self, states: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As the Automaton's, of places in the lexicon."""
@@ -132,4 +180,5 @@ class Scorer:
 
 
 def _scores(grams: Grams) -> np.ndarray:
-    return np.maximum(grams.log_prob / LOG10, -99.0)
+    scores = np.multiply(grams.log_prob, 1 / LOG10, dtype=np.float32)
+    return np.maximum(scores, -99.0, out=scores)

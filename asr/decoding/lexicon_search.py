@@ -52,23 +52,26 @@ class Lexicon:
         self.lm_weight, self.word_score = lm_weight, word_score
         starts = np.cumsum(lengths) - lengths
         own = scores[words]
-        node = np.zeros(len(words), np.int64)  # that each spelling has come to
-        label, parent, best = [np.array([BLANK])], [np.array([_NONE])], [np.array([0.0])]
+        node = np.zeros(len(words), np.int32)  # that each spelling has come to
+        label, parent, best = [np.array([BLANK])], [np.array([_NONE], np.int32)], [np.array([0.0])]
         count = 1
+        on, at = np.arange(len(words), dtype=np.int32), node  # spellings that go on, and where they are
         for depth in range(int(lengths.max(initial=0))):
-            on = np.flatnonzero(lengths > depth)
-            at, said = node[on], labels[starts[on] + depth]
+            going = np.flatnonzero(lengths[on] > depth)
+            on, at, own = on[going], at[going], own[going]
+            said = labels[starts[on] + depth]
             new = np.append(True, (at[1:] != at[:-1]) | (said[1:] != said[:-1]))
             first = np.flatnonzero(new)
             label.append(said[first])
             parent.append(at[first])
-            best.append(np.maximum.reduceat(own[on], first))
-            node[on] = count + np.cumsum(new) - 1
+            best.append(np.maximum.reduceat(own, first))
+            at = np.cumsum(new, dtype=np.int32) + np.int32(count - 1)
+            node[on] = at
             count += len(first)
         self.label, above = np.concatenate(label).astype(np.int64), np.concatenate(parent)
         self.best = lm_weight * np.concatenate(best)  # of what a node's words score by themselves; nothing at the root
         self.children = np.bincount(above[1:], minlength=count)
-        self.first_child = np.searchsorted(above[1:], np.arange(count)) + 1  # nodes stand in the order of their parents
+        self.first_child = np.cumsum(self.children) - self.children + 1  # nodes stand in the order of their parents
         order = np.argsort(node, kind="stable")
         self.word, self.words = words[order], np.bincount(node, minlength=count)
         self.first_word = np.cumsum(self.words) - self.words
@@ -128,14 +131,14 @@ class Running:
             return
         # a next label: not the last one, which would need a blank between; and not one that is hardly heard
         least = np.partition(frame, -LIKELIEST)[-LIKELIEST] if len(frame) > LIKELIEST else -np.inf
-        whose, child = _ranges(lexicon.first_child[node], lexicon.children[node])
+        whose, child = ranges(lexicon.first_child[node], lexicon.children[node])
         label = lexicon.label[child]
         heard = np.flatnonzero((frame[label] >= least) & (label != last[whose]))
         whose, child, label = whose[heard], child[heard], label[heard]
         base = score[whose] + frame[label] - lexicon.best[node[whose]]
         inner = np.flatnonzero(lexicon.children[child])
         # and the words that end there
-        of, place = _ranges(lexicon.first_word[child], lexicon.words[child])
+        of, place = ranges(lexicon.first_word[child], lexicon.words[child])
         word = lexicon.word[place]
         said, after = self._scorer.step(state[whose[of]], word)
         # the same label goes on; or a blank; or, between words, a silence
@@ -259,10 +262,10 @@ class _Lists(NamedTuple):
         return cls(frame.old.tolist(), frame.word.tolist(), frame.text.tolist(), others)
 
 
-def _ranges(first: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def ranges(first: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """first[i], first[i] + 1, ..., count[i] of them for each i: which i each is of, and the numbers."""
     whose = np.repeat(np.arange(len(count)), count)
-    return whose, np.arange(len(whose)) + np.repeat(first - (np.cumsum(count) - count), count)
+    return whose, np.arange(len(whose)) + (first - (np.cumsum(count) - count))[whose]
 
 
 def _keys(*parts: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from asr.files import write_atomically
 FORMAT_VERSION = 2
 UNKNOWN_ID, END_ID = 0, 1
 _ABOUT, _WORDS, _WEIGHTS = "model.json", "words.txt.gz", "weights.npz"
+_ROWS = 64  # of scores of all words at a time: they stay in the cache
 _SCALE = ".scale"  # of each row of a matrix that is kept as int8
 
 
@@ -116,20 +117,39 @@ class TextScorer:
         words = np.full((len(texts), max(lengths, default=-1) + 1), END_ID)  # each text with its end
         for row, text in zip(words, texts, strict=True):
             row[: len(text)] = text
-        totals = np.zeros(len(texts))
         rows = np.arange(len(texts))  # texts that go on
         at = np.zeros(len(texts), np.int64)  # of each one's beginning, among those that differ
         h = c = np.zeros((1, len(self._u)), np.float32)
-        read = np.array([END_ID])
+        read, count = np.array([END_ID]), 0
+        outputs: list[np.ndarray] = []  # after each beginning
+        asked: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # which text, after which beginning, what word
         for depth, wanted in enumerate(words.T):
             h, c = lstm_step(self._embedding[read] @ self._w + h @ self._u + self._b, c)
-            scores = (h @ self._narrow) @ self._embedding.T + self._bias
-            highest = scores.max(axis=1, keepdims=True)
-            norms = highest[:, 0] + np.log(np.exp(scores - highest).sum(axis=1))
-            totals[rows] += scores[at, wanted[rows]] - norms[at]
+            outputs.append(h @ self._narrow)
+            asked.append((rows, count + at, wanted[rows]))
+            count += len(h)
             going_on = lengths[rows] > depth
             rows, at = rows[going_on], at[going_on]
-            differing, at = np.unique(np.stack([at, wanted[rows]]), axis=1, return_inverse=True)
-            (before, read), at = differing, at.reshape(-1)
+            differing, at = np.unique(at * len(self._bias) + wanted[rows], return_inverse=True)
+            before, read = np.divmod(differing, len(self._bias))
             h, c = h[before], c[before]
+        y = np.concatenate([np.zeros((0, len(self._narrow[0])), np.float32), *outputs])
+        norms = self._norms(y)
+        totals = np.zeros(len(texts))
+        for rows, at, word in asked:
+            totals[rows] += (y[at] * self._embedding[word]).sum(axis=1) + self._bias[word] - norms[at]
         return totals
+
+    def _norms(self, y: np.ndarray) -> np.ndarray:
+        """The logarithm of the sum, over all words, of what a softmax takes, (rows, half the units) -> (rows,)."""
+        norms = np.zeros(len(y), np.float32)
+        scores = np.empty((min(_ROWS, len(y)), len(self._bias)), np.float32)
+        for start in range(0, len(y), _ROWS):
+            some = scores[: len(y) - start]
+            np.matmul(y[start : start + _ROWS], self._embedding.T, out=some)
+            some += self._bias
+            highest = some.max(axis=1, keepdims=True)
+            some -= highest
+            np.exp(some, out=some)
+            norms[start : start + _ROWS] = highest[:, 0] + np.log(some.sum(axis=1))
+        return norms

@@ -5,15 +5,14 @@ import io
 import itertools
 import os
 import re
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from asr.decoding.ngram import END, LOG10, START, UNKNOWN, Grams, NgramModel
 from asr.errors import ModelError
-from asr.files import write_atomically
+from asr.files import write_arrays
 
 _VERSION = 1  # of the packed form
 
@@ -37,14 +36,7 @@ def write_ngrams(model: NgramModel, path: Path, *, digits: int = 2) -> None:
             whole = np.maximum(np.rint(values * scale), -99 * 10**digits).astype(np.int64)
             least = whole.min(initial=0)
             arrays[f"{n}.{name}"], arrays[f"{n}.{name}.least"] = _planes(whole - least), least
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file:
-        for name, array in arrays.items():
-            content = io.BytesIO()
-            np.save(content, array)
-            about = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
-            file.writestr(about, content.getvalue(), zipfile.ZIP_DEFLATED, 9)
-    write_atomically(path, packed.getvalue())
+    write_arrays(path, arrays)
 
 
 def _planes(numbers: np.ndarray) -> np.ndarray:
@@ -59,19 +51,34 @@ def _planes(numbers: np.ndarray) -> np.ndarray:
 
 def _numbers(planes: np.ndarray) -> np.ndarray:
     """What `_planes` made bytes of, int32 (n,)."""
-    numbers = np.zeros((planes.shape[1], 4), np.uint8)
-    numbers[:, : len(planes)] = planes.T
-    return numbers.view("<i4")[:, 0]
+    if not len(planes):
+        return np.zeros(planes.shape[1], np.int32)
+    numbers = planes[0].astype(np.int32)
+    for i, plane in enumerate(planes[1:], start=1):
+        numbers |= np.left_shift(plane, 8 * i, dtype=np.int32)
+    return numbers
 
 
-def read_ngrams(path: Path) -> NgramModel:
+def read_words(path: Path) -> NgramModel:
+    """As `read_ngrams`, of words by themselves alone."""
+    return _read(path, None, 1)
+
+
+def read_ngrams(path: Path, words: NgramModel | None = None) -> NgramModel:
     """Read what `write_ngrams` or any program wrote as ARPA, also gzipped.
+
+    Args:
+        words: what `read_words` gave; the rest is read in less time.
 
     Raises:
         ModelError: it cannot be read.
     """
+    return _read(path, words, None)
+
+
+def _read(path: Path, known: NgramModel | None, most: int | None) -> NgramModel:
     try:
-        return _read_packed(path) if path.suffix == ".npz" else _read_arpa(path)
+        return _read_packed(path, known, most) if path.suffix == ".npz" else _read_arpa(path, most)
     except ModelError:
         raise
     except Exception as error:  # whatever a damaged file brings about
@@ -79,37 +86,44 @@ def read_ngrams(path: Path) -> NgramModel:
         raise ModelError(f"{path}: not a readable language model ({reason}); `asr train-lm` makes one") from error
 
 
-def _read_packed(path: Path) -> NgramModel:
-    with np.load(path) as file:
-        arrays = {name: file[name] for name in file.files}
-    if int(arrays["version"]) != _VERSION:
-        raise ModelError(
-            f"{path}: version {arrays['version']}, this program reads {_VERSION}; `asr train-lm` makes one"
-        )
-    scale = LOG10 / 10 ** int(arrays["digits"])
-    words = tuple(arrays["words"].tobytes().decode().split("\n"))
-
-    orders: list[Grams] = []
-    highest = int(arrays["orders"])
-    for n in range(1, highest + 1):
-        children, deltas = _numbers(arrays[f"{n}.children"]), _numbers(arrays[f"{n}.word"])
-        prefix = np.repeat(np.arange(len(children), dtype=np.int32), children)
-        sums = np.cumsum(deltas, dtype=np.int32)  # what overflows falls out again
-        before = np.append(np.int32(0), sums)[np.cumsum(children) - children]
-        word = sums - np.repeat(before, children)
-        log_prob, log_backoff = (
-            (_numbers(arrays[name]) + np.int32(arrays[f"{name}.least"])) * np.float32(scale)
-            for name in (f"{n}.log_prob", f"{n}.log_backoff")
-        )
-        suffix = np.zeros_like(word) if n == 1 else word
-        if n > 2:  # the longest search of all, for what a search by the model looks up where it comes to it
-            last = n == highest
-            suffix = np.full_like(word, -1) if last else orders[-1].find(orders[-1].suffix[prefix], word, len(words))
-        orders.append(_uncounted(prefix, suffix, word, log_prob, log_backoff))
+def _read_packed(path: Path, known: NgramModel | None, most: int | None) -> NgramModel:
+    with np.load(path) as arrays:
+        if int(arrays["version"]) != _VERSION:
+            raise ModelError(
+                f"{path}: version {arrays['version']}, this program reads {_VERSION}; `asr train-lm` makes one"
+            )
+        words = known.words if known else tuple(arrays["words"].tobytes().decode().split("\n"))
+        highest = int(arrays["orders"])
+        scale = np.float32(LOG10 / 10 ** int(arrays["digits"]))
+        orders = list(known.orders if known else ())
+        for n in range(len(orders) + 1, min(most or highest, highest) + 1):
+            orders.append(_unpack(arrays, n, orders, n == highest, scale))
     return NgramModel(words=words, orders=tuple(orders))
 
 
-def _read_arpa(path: Path) -> NgramModel:
+def _unpack(
+    arrays: Mapping[str, np.ndarray], n: int, below: Sequence[Grams], is_highest: bool, scale: np.float32
+) -> Grams:
+    """The n-grams of n words."""
+    children, deltas = _numbers(arrays[f"{n}.children"]), _numbers(arrays[f"{n}.word"])
+    prefix = np.repeat(np.arange(len(children), dtype=np.int32), children)
+    sums = np.cumsum(deltas, dtype=np.int32)  # what overflows falls out again
+    before = np.append(np.int32(0), sums)[np.cumsum(children) - children]
+    word = sums - np.repeat(before, children)
+    logs: list[np.ndarray] = []
+    for name in (f"{n}.log_prob", f"{n}.log_backoff"):
+        values = _numbers(arrays[name]).astype(np.float32)
+        values += np.float32(arrays[f"{name}.least"])
+        values *= scale
+        logs.append(values)
+    suffix = np.zeros_like(word) if n == 1 else word
+    if n > 2:  # the longest search of all, for what a search by the model looks up where it comes to it
+        longer = below[-1]
+        suffix = np.full_like(word, -1) if is_highest else longer.find(longer.suffix[prefix], word, len(below[0]))
+    return _uncounted(prefix, suffix, word, *logs)
+
+
+def _read_arpa(path: Path, most: int | None) -> NgramModel:
     content = path.read_bytes()
     text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
     sections = re.split(r"^\\(\d+)-grams:$", text, flags=re.MULTILINE)
@@ -119,7 +133,7 @@ def _read_arpa(path: Path) -> NgramModel:
     words: tuple[str, ...] = ()
     orders: list[Grams] = []
     ids: dict[str, int] = {}
-    for n, body in zip(map(int, sections[1::2]), sections[2::2], strict=True):
+    for n, body in itertools.islice(zip(map(int, sections[1::2]), sections[2::2], strict=True), most):
         rows = [line.split("\t") for line in body.split("\\end\\")[0].splitlines() if line]
         if len(rows) != counts[n - 1]:
             raise ValueError(f"{len(rows)} of {counts[n - 1]} {n}-grams")

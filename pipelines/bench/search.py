@@ -27,8 +27,8 @@ def run(setting: Setting) -> list[Figure]:
     """Times real time on the network's own output."""
     folder = setting.network("offline")
     model = read_ngrams(find_language_model(setting.model))
-    words, config = model.lexicon, BeamConfig()
     tokens, ngrams = Tokenizer.load(folder / "tokens.txt").tokens, Automaton(model)
+    words, config = ngrams.lexicon, BeamConfig()
     search = BeamSearch(ngrams, words, tokens, config)
     edge = np.zeros(round(EDGE_SILENCE_SECONDS * SAMPLE_RATE), np.float32)
     engine = load_engine(folder)
@@ -60,7 +60,7 @@ def run(setting: Setting) -> list[Figure]:
     }
     phones, lexicon = phones_at_output(folder), find_lexicon(setting.model)
     if phones and lexicon:
-        both = BeamSearch(ngrams, words, tokens, config, phones, read_pronunciations(lexicon))
+        both = BeamSearch(ngrams, words, tokens, config, phones, read_pronunciations(lexicon, words))
         heard = load_engine(folder, phones=True).log_probs(padded)  # type: ignore[union-attr]
 
         def by_sound_too() -> None:
