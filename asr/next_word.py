@@ -38,7 +38,7 @@ class NextWord(nn.Module):
         if kind not in CELLS:
             raise ConfigError(f"{kind}: no such cell; there are {', '.join(CELLS)}")
         self.kind, self.size, self.dropout_rate = kind, size, dropout
-        self.words = (UNKNOWN, END, *lexicon)
+        self.lexicon, self.words = tuple(lexicon), (UNKNOWN, END, *lexicon)
         self._ids = {word: i for i, word in enumerate(self.words)}
         self.embedding = nn.Embedding(len(self.words), size // 2)
         nn.init.normal_(self.embedding.weight, std=(size // 2) ** -0.5)  # scores of about one
@@ -74,7 +74,7 @@ class NextWord(nn.Module):
             logs: the logarithm of the probability of each word of the lexicon to be in a sample, (words,).
         """
         right = (read * self.embedding(wanted)).sum(-1) + self.bias[wanted] - logs[wanted]
-        others = read @ self.embedding(words).T + self.bias[words] - logs[words]
+        others = (read @ self.embedding(words).T).float() + self.bias[words] - logs[words]
         others = others.masked_fill(words == wanted[:, None], -torch.inf)
         return -(right - torch.logaddexp(right, others.logsumexp(-1))).mean()
 
@@ -150,7 +150,7 @@ def save(model: NextWord, folder: Path, about: dict[str, Any]) -> None:
     """Write a model into a folder that is there, with what is to be told about it (anything that JSON holds)."""
     weights = {name: value.detach().cpu().numpy() for name, value in model.state_dict().items()}
     shape = {"kind": model.kind, "size": model.size, "dropout": model.dropout_rate}
-    write_model(folder, weights, model.words[END_ID + 1 :], {**about, **shape})
+    write_model(folder, weights, model.lexicon, {**about, **shape})
 
 
 def load(folder: Path) -> tuple[NextWord, dict[str, Any]]:

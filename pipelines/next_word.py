@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from asr import next_word
 from asr.decoding.ngram import Perplexity, estimate
 from asr.decoding.ngram import perplexity as ngram_perplexity
-from asr.errors import TextError
+from asr.errors import ConfigError, TextError
 from asr.next_word import NextWord
 from asr.runtime.folder import NEXT_WORD_FOLDER, shipped_model
 from asr.text import normalize
@@ -51,6 +51,7 @@ def train_network(
     vocabulary: int | None = 10_000,
     min_count: int = 3,
     order: int = 3,
+    init_from: Path | None = None,
     training: NextWordTraining | None = None,
 ) -> NextWordSummary:
     """Train OUT/next-word, or go on with it, and measure it.
@@ -61,20 +62,28 @@ def train_network(
         size: units of the cell.
         vocabulary, min_count: which words it knows, as in `train_lm`.
         order: words to an n-gram of the model that it is compared with.
+        init_from: a next-word model, or the folder of one, to start from: its words, cell and size are taken.
 
     Raises:
+        ModelError: there is no model to start from.
         ConfigError: there is no such cell, or what is in OUT was trained with other options.
         TextError: a text cannot be read, or is too short.
     """
     lines = [line for path in texts for line in read_lines(path)]
     kept_back = math.ceil(len(lines) / _HELD_OUT)
     lines, held_out = lines[: len(lines) - kept_back], lines[len(lines) - kept_back :]
-    ngrams = estimate(lines, order=order, vocabulary=vocabulary, min_count=min_count)
-    if not ngrams.lexicon:
-        raise TextError(f"no word of the text occurs {min_count} times; give more text, or a lower --min-count")
     training = training or NextWordTraining()
     torch.manual_seed(training.seed)
-    model = NextWord(ngrams.lexicon, kind=kind, size=size)
+    if init_from is not None:
+        model, _ = next_word.load(init_from)
+        if model.kind != kind:
+            raise ConfigError(f"{init_from}: its cell is {model.kind}, not {kind}")
+        ngrams = estimate(lines, order=order, vocabulary=0, lexicon=model.lexicon)
+    else:
+        ngrams = estimate(lines, order=order, vocabulary=vocabulary, min_count=min_count)
+        if not ngrams.lexicon:
+            raise TextError(f"no word of the text occurs {min_count} times; give more text, or a lower --min-count")
+        model = NextWord(ngrams.lexicon, kind=kind, size=size)
     folder = out / NEXT_WORD_FOLDER
     with Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
@@ -92,7 +101,7 @@ def train_network(
         train_next_word(model, lines, folder, training, show=show)
     summary = NextWordSummary(
         folder=folder,
-        words=len(ngrams.lexicon),
+        words=len(model.lexicon),
         weights=sum(weight.numel() for weight in model.parameters()),
         carried=next_word.perplexity(model, held_out),
         alone=next_word.perplexity(model, held_out, carry=False),

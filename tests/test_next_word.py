@@ -24,7 +24,7 @@ from pipelines.cli import main
 
 NAMES, ACTS, PLACES = ("anna", "ben", "clara", "dan"), ("sleeps", "sings", "reads"), ("here", "outside")
 LEXICON = (*NAMES, *ACTS, *PLACES)
-SMALL = NextWordTraining(epochs=10, rows=4, steps=24, rate=2e-2)
+SMALL = NextWordTraining(epochs=10, rows=4, steps=24, rate=2e-2, precision="fp32")
 
 
 def stories(count: int, seed: int) -> list[str]:
@@ -220,6 +220,24 @@ def test_the_commands_train_compare_and_write(tmp_path: Path, capsys: pytest.Cap
         assert told == "not known to the model, read as <unk>: gurgles\n"
     assert texts[0] == texts[1] and texts[0].startswith("anna gurgles") and texts[0].endswith("\n")
     assert set(texts[0].split()) <= {"gurgles", *LEXICON} and len(texts[0].split()) == 14
+
+
+def test_a_model_is_taken_further_on_other_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second, backwards = tmp_path / "first", tmp_path / "second", tmp_path / "backwards.txt"
+    lines = stories(250, seed=3)
+    (tmp_path / "text.txt").write_text("\n".join(lines), encoding="utf-8")
+    backwards.write_text("\n".join(" ".join(line.split()[::-1]) for line in lines), encoding="utf-8")
+    train = ("--kind", "lstm", "--epochs", 4)
+    assert run("train-lm", tmp_path / "text.txt", "--out", first, *train, "--size", 16) == 0
+    assert run("train-lm", backwards, "--out", second, *train, "--init-from", first, "--sampled", 4) == 0
+    before, after = load(first)[0], load(second)[0]
+    assert (after.words, after.size) == (before.words, before.size)
+    lines = backwards.read_text(encoding="utf-8").splitlines()
+    assert perplexity(after, lines).value < 0.8 * perplexity(before, lines).value
+    capsys.readouterr()
+    assert run("train-lm", backwards, "--out", tmp_path, "--kind", "gru", "--init-from", first) == 1
+    assert "its cell is lstm, not gru" in capsys.readouterr().err
+    assert run("train-lm", backwards, "--out", tmp_path, *train, "--init-from", first, "--size", 8) == 2
 
 
 def test_what_the_commands_refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from asr.errors import ConfigError, ModelError, TextError
 from asr.files import replace_folder
 from asr.next_word import NextWord, load, save
 from asr.nn import State, detach
-from asr.training.step import learning_rate
+from asr.training.step import choose_precision, learning_rate
 
 _SAMPLED_POWER = 0.75  # of a word's count, in proportion to which it is sampled (Mikolov et al. 2013)
 _TRAINING = "training.safetensors"  # beside the model: all that it takes to go on
@@ -33,15 +33,17 @@ class NextWordTraining:
         clip_norm: of the gradient.
         sampled: the right words compete with so many at an update, drawn anew each time, common ones more often; 0:
             with all. With a large lexicon that is most of the work.
+        precision: "auto" (bf16 where the machine has instructions for it), "fp32" or "bf16".
     """
 
     epochs: int = 3
-    rows: int = 32
+    rows: int = 64
     steps: int = 32
     rate: float = 4e-3
     clip_norm: float = 1.0
     seed: int = 1
     sampled: int = 0
+    precision: str = "auto"
 
 
 Show = Callable[[int, int, float], None]  # updates done, of so many, the loss a word
@@ -82,6 +84,7 @@ def train_next_word(
     drawn /= drawn.sum()
     logs = (-torch.expm1(options.sampled * torch.log1p(-drawn))).log()  # of a word's probability to be in a sample
 
+    precision = choose_precision(options.precision, torch.device("cpu"))
     torch.manual_seed(options.seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=options.rate, fused=True)
     about = {"training": dataclasses.asdict(options), "text": _fingerprint(stream, model.words)}
@@ -96,13 +99,14 @@ def train_next_word(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(done, total, options.rate, total // 20)
         read, right = said[:, piece : piece + options.steps], wanted[:, piece : piece + options.steps].flatten()
-        if options.sampled:
-            y, state = model.read(read, detach(state))
-            words = torch.multinomial(drawn, options.sampled, replacement=True).unique()
-            loss = model.sampled_loss(y.flatten(0, 1), right, words, logs)
-        else:
-            scores, state = model.step(read, detach(state))
-            loss = nn.functional.cross_entropy(scores.flatten(0, 1), right)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            if options.sampled:
+                y, state = model.read(read, detach(state))
+                words = torch.multinomial(drawn, options.sampled, replacement=True).unique()
+                loss = model.sampled_loss(y.flatten(0, 1), right, words, logs)
+            else:
+                scores, state = model.step(read, detach(state))
+                loss = nn.functional.cross_entropy(scores.float().flatten(0, 1), right)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)

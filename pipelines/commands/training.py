@@ -1,7 +1,7 @@
 """The commands that make models: prepare, train, train-lm, export."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.status import Status
@@ -161,6 +161,12 @@ def train_lm(
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Times through the text.", show_default="3", rich_help_panel=NETWORKS)
     ] = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL", help="Start from a next-word model: its words, cell and size.", rich_help_panel=NETWORKS
+        ),
+    ] = None,
     sampled: Annotated[
         int | None,
         typer.Option(
@@ -187,10 +193,12 @@ def train_lm(
     """
     if kind != "ngram":
         _refuse(f"--kind {kind}", prune=prune, lexicon=lexicon, arpa=arpa)
+        if init_from:
+            _refuse("--init-from", vocabulary=vocabulary, size=size)
         from asr.training.next_word import NextWordTraining
         from pipelines.next_word import train_network
 
-        options = {"epochs": epochs, "sampled": sampled, "seed": seed}
+        options: dict[str, Any] = {"epochs": epochs, "sampled": sampled, "seed": seed}
         given = {name: value for name, value in options.items() if value is not None}
         network = train_network(
             texts,
@@ -200,6 +208,7 @@ def train_lm(
             vocabulary=vocabulary or 10_000,
             min_count=min_count,
             order=order,
+            init_from=init_from,
             training=NextWordTraining(**given),
         )
         print(
@@ -209,7 +218,7 @@ def train_lm(
             f"n-grams of {order} words {network.ngrams.value:.1f}"
         )
         return
-    _refuse("--kind ngram", size=size, epochs=epochs, sampled=sampled, seed=seed)
+    _refuse("--kind ngram", size=size, epochs=epochs, init_from=init_from, sampled=sampled, seed=seed)
     from pipelines.train_lm import train_lm as run
 
     made = run(
@@ -233,7 +242,7 @@ def train_lm(
 def _refuse(where: str, **options: object) -> None:
     for name, value in options.items():
         if value is not None:
-            raise typer.BadParameter(f"--{name}: not with {where}")
+            raise typer.BadParameter(f"--{name.replace('_', '-')}: not with {where}")
 
 
 @app.command(rich_help_panel=TRAIN)
