@@ -1,5 +1,6 @@
 """The networks: an offline BiLSTM and a streaming LSTM, from samples to log-probabilities of tokens."""
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -24,6 +25,7 @@ from asr.nn import (
     State,
     StreamingLayer,
     StridedConvolution,
+    UtteranceNormalise,
     stacked,
 )
 from asr.nn.layer import valid
@@ -96,7 +98,11 @@ class Network(Chain):
         states: int = 0,
     ) -> None:
         model = config.model
-        layers: list[StreamingLayer] = [LogMel(config.features), Normalise(mean, variance)]
+        normalise = Normalise(mean, variance)
+        if model.utterance_norm:
+            frames = model.utterance_norm * 1000 / config.features.hop_ms
+            normalise = UtteranceNormalise(mean, variance, frames, math.prod(model.strides))
+        layers: list[StreamingLayer] = [LogMel(config.features), normalise]
         size = config.features.bands
         for channels, kernel, stride in zip(model.channels, model.kernels, model.strides, strict=True):
             layers.append(StridedConvolution(size, channels, kernel, stride))

@@ -88,7 +88,7 @@ class Network:
         Raises:
             ModelError: it cannot be opened, or does not fit the vocabulary.
         """
-        if "decoder" not in self.__dict__:  # the search is opened meanwhile
+        if self._opening is None and "decoder" not in self.__dict__:  # the search is opened meanwhile
             pool = ThreadPoolExecutor(1, "asr-search")
             self._opening = pool.submit(self._open_search)
             pool.shutdown(wait=False)

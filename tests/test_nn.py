@@ -1,5 +1,7 @@
 """Layers: the streaming contract, and agreement with independent implementations."""
 
+import math
+
 import pytest
 import torch
 from contract import check_streaming, check_whole
@@ -19,6 +21,7 @@ from asr.nn import (
     Recurrent,
     StreamingLayer,
     StridedConvolution,
+    UtteranceNormalise,
     cell_of,
 )
 from asr.nn.convolution import MaskedBatchNorm
@@ -52,6 +55,27 @@ def test_streaming_contract(name: str, dtype: torch.dtype, tolerance: float) -> 
 def test_bilstm_reads_each_row_as_if_alone(dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(0)
     check_whole(BiLSTM(6, 4).to(dtype), torch.randn(3, 40, 6, dtype=dtype), tolerance=tolerance)
+
+
+def test_utterances_are_evened_out_by_their_levels() -> None:
+    """Padding and company have no effect, nor have loudness and a microphone on a long utterance, nor pauses."""
+    torch.manual_seed(0)
+    mean, variance = torch.randn(6).double(), torch.rand(6).double() + 0.5
+    check_whole(UtteranceNormalise(mean, variance, 20.0, 4), torch.randn(3, 40, 6).double(), tolerance=1e-9)
+    layer = UtteranceNormalise(mean, variance, 1e-6)
+    speech = mean + 2 * torch.randn(1, 400, 6).double()
+    level = speech.exp().mean(dim=1).log() - mean - 3.5
+    expected = Normalise(mean, variance)(speech - level, torch.tensor([400]))[0]
+    assert torch.allclose(layer(speech, torch.tensor([400]))[0], expected)
+    microphone = torch.randn(6).double()
+    assert torch.allclose(layer(speech + microphone, torch.tensor([400]))[0], expected)
+    paused = torch.cat([speech, torch.full_like(speech, -16.0)], dim=1)
+    louder = layer(paused, torch.tensor([800]))[0][:, :400] - expected
+    assert torch.allclose(louder, layer.scale * math.log(2), atol=1e-4)  # half of the time is nothing
+    short = UtteranceNormalise(mean, variance, 400.0)(speech, torch.tensor([400]))[0]
+    assert torch.allclose(short, (expected + Normalise(mean, variance)(speech, torch.tensor([400]))[0]) / 2)
+    with pytest.raises(ModelError, match="utterance_norm takes whole utterances"):
+        layer.initial_state(1)
 
 
 @settings(max_examples=30, deadline=None)

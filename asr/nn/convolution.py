@@ -5,8 +5,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from asr.errors import ModelError
 from asr.nn.layer import State, StreamingLayer, valid, window_state, windows
 
+NO_POWER = 1e-10
+# The logarithm of speech's mean power lies so far above the mean of the logarithms: 0.2 to 4.8 in five corpora.
+LEVEL_ABOVE_MEAN = 3.5
 _RENORM_RATIO, _RENORM_SHIFT = 3.0, 5.0  # how far a batch may be from the running statistics, in deviations
 
 
@@ -33,6 +37,37 @@ class Normalise(StreamingLayer):
 
     def _nothing(self, batch_size: int) -> Tensor:
         return self.mean.new_zeros(batch_size, 0, len(self.mean))
+
+
+class UtteranceNormalise(Normalise):
+    """As Normalise, of whole utterances whose levels are evened out first: log-mel (batch, time, bands), likewise.
+
+    The level of a band is the logarithm of its mean power, which speech decides and pauses hardly touch: it tells how
+    loud the utterance is, and by what microphone it came. What it differs by from that of usual speech is taken off by
+    a share of n / (n + frames) of an utterance of n frames, as short ones are of few sounds. After cepstral mean
+    normalisation (Atal 1974), whose mean is that of the logarithms.
+
+    Args:
+        mean, variance: as Normalise's.
+        frames: see above.
+        whole: frames to one of the network's output: what fills none does not count.
+    """
+
+    def __init__(self, mean: Tensor, variance: Tensor, frames: float, whole: int = 1) -> None:
+        super().__init__(mean, variance)
+        self.frames, self.whole = frames, whole
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        frames = lengths // self.whole * self.whole
+        counts = valid(frames, x.shape[1])[..., None]
+        count = frames.clamp(min=1)[:, None].to(x.dtype)
+        power = torch.where(counts, x.exp(), 0.0).sum(dim=1) / count
+        level = power.clamp(min=NO_POWER).log()
+        share = count / (count + self.frames)
+        return (x - self.mean - (share * (level - self.mean - LEVEL_ABOVE_MEAN))[:, None]) * self.scale, lengths
+
+    def initial_state(self, batch_size: int) -> State:
+        raise ModelError("utterance_norm takes whole utterances and cannot stream; use the model's streaming network")
 
 
 class StridedConvolution(StreamingLayer):

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from asr.errors import ModelError
 from asr.features import FLOOR, LogMel
 from asr.models import FORMAT_VERSION, Network, Output
-from asr.nn import LSTM, BiLSTM, LookAhead, Normalise, StreamingLayer, StridedConvolution
+from asr.nn import LSTM, BiLSTM, LookAhead, Normalise, StreamingLayer, StridedConvolution, UtteranceNormalise
 from asr.nn.attention import SelfAttention
+from asr.nn.convolution import LEVEL_ABOVE_MEAN, NO_POWER
 from asr.nn.stack import Bidirectional, Recurrent, Stacked
 from asr.runtime.export_cells import run_cell
 
@@ -231,6 +232,27 @@ class GraphBuilder:
     @add.register
     def _(self, layer: Normalise, x: str) -> str:
         return self.op("Mul", self.op("Sub", x, self.constant(layer.mean)), self.constant(layer.scale))
+
+    @add.register
+    def _(self, layer: UtteranceNormalise, x: str) -> str:
+        def number(value: float) -> str:
+            return self.constant(np.array(value, np.float32))
+
+        frames = self.op("Mul", self.op("Cast", self.lengths, to=TensorProto.FLOAT), number(layer.whole))
+        frames = self.op("Reshape", frames, self.ints([-1, 1, 1]))
+        time = self.op("Squeeze", self.op("Shape", x, start=1, end=2), self.ints([0]))
+        place = self.op("Range", self.constant(np.array(0)), time, self.constant(np.array(1)))
+        place = self.op("Reshape", self.op("Cast", place, to=TensorProto.FLOAT), self.ints([1, 1, -1]))
+        counts = self.op("Cast", self.op("Less", place, frames), to=TensorProto.FLOAT)
+        power = self.op(
+            "MatMul", counts, self.op("Exp", x)
+        )  # unlike ReduceSum's, bit for bit the same beside a longer one
+        count = self.op("Max", frames, number(1.0))
+        level = self.op("Log", self.op("Max", self.op("Div", power, count), number(NO_POWER)))
+        share = self.op("Div", count, self.op("Add", count, number(layer.frames)))
+        differs = self.op("Sub", level, self.constant(layer.mean + LEVEL_ABOVE_MEAN))
+        x = self.op("Sub", self.op("Sub", x, self.constant(layer.mean)), self.op("Mul", share, differs))
+        return self.op("Mul", x, self.constant(layer.scale))
 
     @add.register
     def _(self, layer: StridedConvolution, x: str) -> str:
