@@ -53,7 +53,7 @@ def test_the_check_reads_the_speech_that_it_is_given(model: Path, monkeypatch: p
 
     def deaf(network: object) -> onnx.ModelProto:
         graph = build_graph(network)  # type: ignore[arg-type]
-        (log,) = (node for node in graph.graph.node if node.op_type == "Log")
+        log = next(node for node in graph.graph.node if node.op_type == "Log")
         limit = numpy_helper.from_array(np.array(1e-4, np.float32), "limit")
         graph.graph.initializer.append(limit)
         position = list(graph.graph.node).index(log)
