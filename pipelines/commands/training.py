@@ -120,6 +120,9 @@ def train(
     print(f"{made}: try it with  asr transcribe --model {made} AUDIO")
 
 
+_RATE_FURTHER = 1e-3  # of a next-word model that is trained further
+
+
 @app.command("train-lm", rich_help_panel=TRAIN)
 def train_lm(
     texts: Annotated[list[Path], typer.Argument(metavar="TEXT", help="UTF-8, a sentence a line; also .gz and .xz.")],
@@ -164,7 +167,9 @@ def train_lm(
     init_from: Annotated[
         Path | None,
         typer.Option(
-            metavar="MODEL", help="Start from a next-word model: its words, cell and size.", rich_help_panel=NETWORKS
+            metavar="MODEL",
+            help="Start from a next-word model (its words, cell and size), at a quarter of the learning rate.",
+            rich_help_panel=NETWORKS,
         ),
     ] = None,
     sampled: Annotated[
@@ -199,6 +204,7 @@ def train_lm(
         from pipelines.next_word import train_network
 
         options: dict[str, Any] = {"epochs": epochs, "sampled": sampled, "seed": seed}
+        options["rate"] = _RATE_FURTHER if init_from else None
         given = {name: value for name, value in options.items() if value is not None}
         network = train_network(
             texts,
