@@ -227,9 +227,9 @@ def test_a_model_is_taken_further_on_other_text(tmp_path: Path, capsys: pytest.C
     lines = stories(2500, seed=3)
     (tmp_path / "text.txt").write_text("\n".join(lines), encoding="utf-8")
     backwards.write_text("\n".join(" ".join(line.split()[::-1]) for line in lines), encoding="utf-8")
-    train = ("--kind", "lstm", "--epochs", 4)
-    assert run("train-lm", tmp_path / "text.txt", "--out", first, *train, "--size", 16) == 0
-    assert run("train-lm", backwards, "--out", second, *train, "--init-from", first, "--sampled", 4) == 0
+    train = ("--kind", "lstm", "--epochs")
+    assert run("train-lm", tmp_path / "text.txt", "--out", first, *train, 4, "--size", 16) == 0
+    assert run("train-lm", backwards, "--out", second, *train, 10, "--init-from", first, "--sampled", 4) == 0
     before, after = load(first)[0], load(second)[0]
     assert (after.words, after.size) == (before.words, before.size)
     lines = backwards.read_text(encoding="utf-8").splitlines()[:500]
@@ -237,7 +237,7 @@ def test_a_model_is_taken_further_on_other_text(tmp_path: Path, capsys: pytest.C
     capsys.readouterr()
     assert run("train-lm", backwards, "--out", tmp_path, "--kind", "gru", "--init-from", first) == 1
     assert "its cell is lstm, not gru" in capsys.readouterr().err
-    assert run("train-lm", backwards, "--out", tmp_path, *train, "--init-from", first, "--size", 8) == 2
+    assert run("train-lm", backwards, "--out", tmp_path, *train, 1, "--init-from", first, "--size", 8) == 2
 
 
 def test_what_the_commands_refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
