@@ -36,7 +36,7 @@ def test_each_round_and_the_medians_are_told(capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
 def test_the_time_of_child_processes_counts() -> None:
-    code = "import sys, time\nwhile time.process_time() < 1: pass\nprint(); sys.stdin.read()"
+    code = "import sys, time\nwhile time.process_time() < 1: pass\nprint(flush=True); sys.stdin.read()"
     before, own = processor_seconds(), time.process_time()
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
