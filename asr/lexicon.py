@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from asr.errors import ConfigError, ModelError
-from asr.files import write_arrays
+from asr.files import byte_planes, from_byte_planes, write_arrays
 from asr.text import normalize
 
 UNKNOWN = "<oov>"
@@ -76,7 +76,7 @@ def write_pronunciations(path: Path, words: Sequence[str]) -> None:
     arrays = {
         "version": np.array(_VERSION),
         "of": np.array(_digest(words)),
-        "words": found.words.astype("<u4")[None].view(np.uint8).reshape(-1, 4).T,  # the high bytes pack well
+        "words": byte_planes(found.words),
         "phones": found.phones.astype(np.uint8),
         "lengths": found.lengths.astype(np.uint8),
         "names": np.array(found.names),
@@ -132,7 +132,7 @@ def read_pronunciations(path: Path, words: Sequence[str]) -> Pronunciations:
             if int(arrays["of"]) != _digest(words):
                 raise ModelError(f"{path}: does not belong to the n-grams beside it; {_MAKE_ANEW}")
             return Pronunciations(
-                words=np.ascontiguousarray(arrays["words"].T).view("<u4")[:, 0].astype(np.int64),
+                words=from_byte_planes(arrays["words"]).astype(np.int64),
                 phones=arrays["phones"].astype(np.int64),
                 lengths=arrays["lengths"].astype(np.int64),
                 names=arrays["names"].tolist(),

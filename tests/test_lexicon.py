@@ -69,10 +69,10 @@ def test_written_pronunciations_are_read_again(tmp_path: Path, monkeypatch: pyte
     ways = {tuple(said.names[i] for i in said.phones[b - n : b]) for b, n in zip(ends, said.lengths, strict=True)}
     assert {("AH",), ("T", "AH", "M", "EY", "T", "OW"), ("T", "AH", "M", "AA", "T", "OW")} <= ways
     assert np.bincount(said.words, minlength=3).tolist()[:3] == [0, 2, 2] and 3 in said.words
-    whole = path.read_bytes()
+    written = path.read_bytes()
     with pytest.raises(ModelError, match=r"lexicon\.npz: does not belong to the n-grams beside it"):
         lexicon.read_pronunciations(path, ["a", *words])
-    for damaged in (b"no zip", whole[:-100], b""):
+    for damaged in (b"no zip", written[:-100], b""):
         path.write_bytes(damaged)
         with pytest.raises(ModelError, match=r"lexicon\.npz: not readable as pronunciations"):
             lexicon.read_pronunciations(path, words)

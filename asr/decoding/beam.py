@@ -113,20 +113,21 @@ class BeamSearch:
         log_priors: np.ndarray | None = None,
     ) -> None:
         index = {token: i for i, token in enumerate(tokens) if i != BLANK}
-        spelled, letters, place = words, _letters(words), None
+        spelled, letters = words, _letters(words)
+        place = np.arange(len(words))  # of each word, among those that can be spelled
         foreign = {chr(letter) for letter in np.flatnonzero(np.bincount(letters)).tolist()} - index.keys()
         if foreign or not all(words):
             kept = [i for i, word in enumerate(words) if word and not foreign & set(word)]
             spelled = [words[i] for i in kept]
-            place = np.full(len(words), _NO_WORD)  # of each word, among those
+            place[:] = _NO_WORD
             place[kept] = np.arange(len(kept))
         if _SPACE not in index or not spelled:
             reason = "spells no word of the lexicon" if _SPACE in index else "has no space"
             raise ConfigError(f"beam search: the vocabulary of {len(tokens)} tokens {reason}")
-        hot = {words: boost / config.lm_weight for words, boost in check_hot_words(config.hot_words, index).items()}
+        hot = {phrase: boost / config.lm_weight for phrase, boost in check_hot_words(config.hot_words, index).items()}
         hot_words: dict[str, float] = {}  # the most that each may bring
-        for words, boost in hot.items():
-            hot_words |= {word: max(boost, hot_words.get(word, 0.0)) for word in words}
+        for phrase, boost in hot.items():
+            hot_words |= {word: max(boost, hot_words.get(word, 0.0)) for word in phrase}
         numbers: dict[str, int] = {}
         if hot_words:
             numbers = dict(zip(spelled, range(len(spelled)), strict=True))
@@ -179,7 +180,7 @@ class BeamSearch:
             )
         self.weighs = bool(self._said or self._next_word)  # what the searches find
         self._plain = Scorer(ngrams, called, {})
-        self._scorer = Scorer(ngrams, called, {tuple(numbers[w] for w in words): b for words, b in hot.items()})
+        self._scorer = Scorer(ngrams, called, {tuple(numbers[w] for w in phrase): b for phrase, b in hot.items()})
 
     def __call__(self) -> "BeamDecoder":
         return BeamDecoder(self)
@@ -260,16 +261,14 @@ class _Said:
         any_phone: a number behind those of the phones.
     """
 
-    def __init__(self, pronunciations: Pronunciations, place: np.ndarray | None, phones: Sequence[str]) -> None:
+    def __init__(self, pronunciations: Pronunciations, place: np.ndarray, phones: Sequence[str]) -> None:
         self.any_phone = len(phones)
         number = {phone: i for i, phone in enumerate(phones)}
         codes = np.array([number.get(name, 0) for name in pronunciations.names], np.int64)[pronunciations.phones]
         starts = np.cumsum(pronunciations.lengths) - pronunciations.lengths
-        self.phones, self.lengths, self.words = codes, pronunciations.lengths, pronunciations.words
-        if place is not None or not codes.all():
-            self.words = self.words if place is None else place[self.words]
-            kept = self.words != _NO_WORD
-            kept &= np.minimum.reduceat(codes, starts) > 0 if len(kept) else True
+        self.phones, self.lengths, self.words = codes, pronunciations.lengths, place[pronunciations.words]
+        if self.words.min(initial=0) == _NO_WORD or not codes.all():
+            kept = (self.words != _NO_WORD) & (np.minimum.reduceat(codes, starts) > 0)
             self.phones = codes[np.repeat(kept, pronunciations.lengths)]
             self.lengths, self.words = pronunciations.lengths[kept], self.words[kept]
         self._starts = np.cumsum(self.lengths) - self.lengths

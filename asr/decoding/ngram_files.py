@@ -12,7 +12,7 @@ import numpy as np
 
 from asr.decoding.ngram import END, LOG10, START, UNKNOWN, Grams, NgramModel
 from asr.errors import ModelError
-from asr.files import write_arrays
+from asr.files import byte_planes, from_byte_planes, write_arrays
 
 _VERSION = 1  # of the packed form
 
@@ -29,34 +29,14 @@ def write_ngrams(model: NgramModel, path: Path, *, digits: int = 2) -> None:
     for n, grams in enumerate(model.orders, start=1):
         below = len(model.orders[n - 2]) if n > 1 else 1
         first = np.append(True, grams.prefix[1:] != grams.prefix[:-1])
-        arrays[f"{n}.children"] = _planes(np.bincount(grams.prefix, minlength=below))
-        arrays[f"{n}.word"] = _planes(np.where(first, grams.word, np.diff(grams.word, prepend=0)))
+        arrays[f"{n}.children"] = byte_planes(np.bincount(grams.prefix, minlength=below))
+        arrays[f"{n}.word"] = byte_planes(np.where(first, grams.word, np.diff(grams.word, prepend=0)))
         for name in ("log_prob", "log_backoff"):
             values = np.nan_to_num(getattr(grams, name), neginf=-99 * LOG10)
             whole = np.maximum(np.rint(values * scale), -99 * 10**digits).astype(np.int64)
             least = whole.min(initial=0)
-            arrays[f"{n}.{name}"], arrays[f"{n}.{name}.least"] = _planes(whole - least), least
+            arrays[f"{n}.{name}"], arrays[f"{n}.{name}.least"] = byte_planes(whole - least), least
     write_arrays(path, arrays)
-
-
-def _planes(numbers: np.ndarray) -> np.ndarray:
-    """Numbers from 0 up as bytes, (bytes, n), the lowest first: as many as are needed; the high ones pack well."""
-    count = (int(numbers.max(initial=0)).bit_length() + 7) // 8
-    return (
-        np.stack([(numbers >> 8 * i).astype(np.uint8) for i in range(count)])
-        if count
-        else np.zeros((0, len(numbers)), np.uint8)
-    )
-
-
-def _numbers(planes: np.ndarray) -> np.ndarray:
-    """What `_planes` made bytes of, int32 (n,)."""
-    if not len(planes):
-        return np.zeros(planes.shape[1], np.int32)
-    numbers = planes[0].astype(np.int32)
-    for i, plane in enumerate(planes[1:], start=1):
-        numbers |= np.left_shift(plane, 8 * i, dtype=np.int32)
-    return numbers
 
 
 def read_words(path: Path) -> NgramModel:
@@ -105,14 +85,14 @@ def _unpack(
     arrays: Mapping[str, np.ndarray], n: int, below: Sequence[Grams], is_highest: bool, scale: np.float32
 ) -> Grams:
     """The n-grams of n words."""
-    children, deltas = _numbers(arrays[f"{n}.children"]), _numbers(arrays[f"{n}.word"])
+    children, deltas = from_byte_planes(arrays[f"{n}.children"]), from_byte_planes(arrays[f"{n}.word"])
     prefix = np.repeat(np.arange(len(children), dtype=np.int32), children)
     sums = np.cumsum(deltas, dtype=np.int32)  # what overflows falls out again
     before = np.append(np.int32(0), sums)[np.cumsum(children) - children]
     word = sums - np.repeat(before, children)
     logs: list[np.ndarray] = []
     for name in (f"{n}.log_prob", f"{n}.log_backoff"):
-        values = _numbers(arrays[name]).astype(np.float32)
+        values = from_byte_planes(arrays[name]).astype(np.float32)
         values += np.float32(arrays[f"{name}.least"])
         values *= scale
         logs.append(values)

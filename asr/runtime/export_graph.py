@@ -244,9 +244,8 @@ class GraphBuilder:
         place = self.op("Range", self.constant(np.array(0)), time, self.constant(np.array(1)))
         place = self.op("Reshape", self.op("Cast", place, to=TensorProto.FLOAT), self.ints([1, 1, -1]))
         counts = self.op("Cast", self.op("Less", place, frames), to=TensorProto.FLOAT)
-        power = self.op(
-            "MatMul", counts, self.op("Exp", x)
-        )  # unlike ReduceSum's, bit for bit the same beside a longer one
+        # a product, whose sum, unlike ReduceSum's, is bit for bit the same beside a longer utterance
+        power = self.op("MatMul", counts, self.op("Exp", x))
         count = self.op("Max", frames, number(1.0))
         level = self.op("Log", self.op("Max", self.op("Div", power, count), number(NO_POWER)))
         share = self.op("Div", count, self.op("Add", count, number(layer.frames)))
