@@ -491,6 +491,21 @@ def test_a_run_that_cannot_be_written_says_so(tmp_path: Path) -> None:
         run_training(config, tmp_path / "file" / "run")
 
 
+def test_the_mean_of_start_and_end_is_kept_where_it_scores_best(tmp_path: Path, monkeypatch) -> None:
+    folder = write_corpus(tmp_path / "d", rows=6)
+    first = run_training(tone_config(folder, epochs=1), tmp_path / "first")
+    config = dataclasses.replace(tone_config(folder, epochs=1), init_from=str(first))
+    scores = iter([0.5, 0.5, 0.6, 0.4])  # after the epoch, of the mean of epochs, of the best one, with init_from
+    monkeypatch.setattr(Trainer, "_score", lambda self: {"loss": 1.0, "cer": next(scores), "wer": 1.0})
+    kept = load_network(run_training(config, tmp_path / "second")).state_dict()
+    start, best = load_network(first).state_dict(), load_network(tmp_path / "second" / "best").state_dict()
+    name = "layers.2.convolution.weight"
+    assert not torch.equal(start[name], best[name])
+    torch.testing.assert_close(kept[name], (start[name] + best[name]) / 2)
+    end = json.loads((tmp_path / "second" / "log.jsonl").read_text().splitlines()[-1])
+    assert end["text"].endswith("of its mean with init_from 40.0%")
+
+
 def test_averaged_weights_are_the_mean(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

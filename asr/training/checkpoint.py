@@ -84,13 +84,18 @@ def load_checkpoint(path: Path, network: Network, optimizer: Optimizer, rank: in
 
 
 def average_weights(paths: list[Path]) -> dict[str, Tensor]:
-    """The mean of the weights of several safetensors files (Polyak and Juditsky 1992)."""
-    mean: dict[str, Tensor] = {}
-    for path in paths:
-        for name, value in load_file(path).items():
-            share = value.double() / len(paths) if value.is_floating_point() else value
-            mean[name] = mean[name] + share if name in mean and value.is_floating_point() else share
-    return {name: value.float() if value.dtype == torch.float64 else value for name, value in mean.items()}
+    """The mean of the weights of several safetensors files (Polyak and Juditsky 1992), float32.
+
+    What one of them lacks, or has in another shape, is as in the first.
+    """
+    first, *others = map(load_file, paths)
+    mean = {}
+    for name, value in first.items():
+        if value.is_floating_point():
+            same = [value, *(f[name] for f in others if name in f and f[name].shape == value.shape)]
+            value = torch.stack([each.double() for each in same]).mean(0).float()
+        mean[name] = value
+    return mean
 
 
 def _owned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

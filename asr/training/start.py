@@ -18,6 +18,7 @@ from asr.training.shards import ShardDataset
 
 # of [training]: what may change when a run goes on, as it changes nothing of what is learnt
 _FREE = {"threads": 1, "checkpoint_steps": 1, "average": 1, "patience": 0, "hang_seconds": 600.0}
+_HELP = "state_output."  # in training, whose size depends on the data
 _OF_TRANSDUCER = ("prediction", "dropout")  # of [model], what may differ where the encoder stays as it is
 
 
@@ -121,7 +122,7 @@ def take_weights(network: Network, start: Network) -> None:
     Raises:
         ConfigError: the networks are of different shapes.
     """
-    new = ["state_output."]  # a help in training, whose size depends on the data
+    new = [_HELP]
     deeper = network.config.model.layers - start.config.model.layers
     if deeper > 0:
         first = network.first_recurrent + start.config.model.layers
@@ -147,6 +148,14 @@ def take_weights(network: Network, start: Network) -> None:
             "or another look_ahead, if both have one"
         )
     network.load_state_dict({**own, **{name: theirs[old] for name, old in wanted.items()}})
+
+
+def same_shape(network: Network, start: Network) -> bool:
+    """Whether `take_weights` leaves nothing new but the help in training."""
+    own, theirs = network.state_dict(), start.state_dict()
+    wanted = [name for name in own if not name.startswith(_HELP)]
+    same = network.tokenizer.tokens == start.tokenizer.tokens and network.phones == start.phones
+    return same and all(name in theirs and theirs[name].shape == own[name].shape for name in wanted)
 
 
 def _shifted(name: str, network: Network, deeper: int) -> str:
