@@ -27,7 +27,9 @@ _MOST_CHANNELS = 32
 _LOUDEST_FLOAT = 32.0  # float samples past +30 dB of full scale are integers that nobody scaled
 _LOST_SECONDS = 0.3  # MP3 may promise a frame or two (72 ms at 8 kHz) too many; more is a damaged file
 _SEEK_LEAD_SECONDS = 1.0  # decoded and dropped before an offset: MP3 and Opus need what came before
+_SPHERE_HEADER = 1024  # bytes
 _LOST_BYTES = 64  # some writers count the header in the data chunk's size
+_MOST_CHUNKS = 1000  # of a WAV file; one that was allocated and never written is zeros, which look like chunks
 _UNKNOWN_FRAMES = 1 << 60  # libsndfile declares 2^63 - 1 frames where a header leaves them open
 _RUN_UP_SECONDS, _PERIOD_SECONDS = 0.1, 1.0  # of a resampler's streams: soxr forgets, and lags, by less than 0.1 s
 _DAMAGED = "{path}: truncated or damaged: decoding stopped after {seconds:.2f} s: {reason}"
@@ -181,7 +183,7 @@ def audio_blocks(
         if source.channels > 1:
             _say_mixed_down(path, source.channels)
         position = first = round(offset * rate)
-        stop = math.inf if duration is None else first + max(1, round(duration * rate))
+        stop = math.inf if duration in (None, math.inf) else first + max(1, round(duration * rate))
         source.skip(first)
         while position < stop:
             block = source.read(int(min(max(1, round(block_seconds * rate)), stop - position)))
@@ -207,7 +209,7 @@ def read_audio(
 ) -> np.ndarray:
     """Return a file, or a part of it, as mono float32 (n,): exactly what `audio_blocks` yields, joined."""
     blocks = audio_blocks(path, sample_rate=sample_rate, offset=offset, duration=duration)
-    return np.concatenate(list(blocks))
+    return np.concatenate([np.zeros(0, np.float32), *blocks])  # a few samples may come to none at another rate
 
 
 def _say_mixed_down(path: str | Path, channels: int) -> None:
@@ -253,12 +255,13 @@ def _open(path: str | Path) -> "_SoundFile | _Ffmpeg":
 
 
 def _checked(path: str | Path, file: FileIO, size: int) -> FileIO:
-    """Compare what a WAV, RF64, AIFF or Ogg file declares with the bytes that it has; libsndfile does not.
+    """Compare what a WAV, RF64, AIFF, AU, SPHERE or Ogg file declares with the bytes that it has; libsndfile does not.
 
     Returns `file`, or a view of it where a writer into a pipe left the size of the audio at 0.
     """
     file.seek(0)
-    kind, _, form = struct.unpack("4s4s4s", file.read(12).ljust(12, b"\0"))
+    head = file.read(12).ljust(12, b"\0")
+    kind, _, form = struct.unpack("4s4s4s", head)
     lost, view = 0, file
     if form in (b"WAVE", b"AIFF", b"AIFC"):
         start, length = _audio_chunk(file, header=">4sI" if kind == b"FORM" else "<4sI")
@@ -270,6 +273,14 @@ def _checked(path: str | Path, file: FileIO, size: int) -> FileIO:
             file.seek(start)
             if not file.read(4).isalpha():  # letters: the next chunk, after no audio at all
                 view = _WithDataSize(file, start - 4, there)
+    elif kind == b".snd":
+        start, length = struct.unpack(">4xII", head)
+        lost = start + length - size if length != 0xFFFF_FFFF else 0
+    elif head.startswith(b"NIST_1A"):
+        file.seek(0)
+        told = {key: int(n) for key, n in re.findall(rb"^(\w+) -i (\d+)$", file.read(4096), re.MULTILINE)}
+        values = [told.get(name, 0) for name in (b"sample_count", b"channel_count", b"sample_n_bytes")]
+        lost = _SPHERE_HEADER + math.prod(values) - size
     elif kind == b"OggS":
         lost = _bytes_lost_of_page(file, size)
     if lost > 0:
@@ -281,7 +292,9 @@ def _checked(path: str | Path, file: FileIO, size: int) -> FileIO:
 def _audio_chunk(file: FileIO, header: str) -> tuple[int, int]:
     """Where the audio of a WAV or AIFF file begins, and how many bytes it declares; (0, 0): not found."""
     long_size = 1 << 63  # of RF64's data, from its ds64 chunk
-    while len(chunk := file.read(8)) == 8:
+    for _ in range(_MOST_CHUNKS):
+        if len(chunk := file.read(8)) < 8:
+            break
         name, length = struct.unpack(header, chunk)
         start = file.tell()
         if name == b"ds64":
@@ -329,6 +342,7 @@ class _SoundFile:
             self._sound = soundfile.SoundFile(file.fileno() if view is file else view, closefd=False)
         except soundfile.LibsndfileError as error:
             raise AudioError(f"{path}: not audio, or damaged: {error.error_string}") from None
+        self._seekable = self._sound.seekable()  # GSM and ADPCM are not
         # soundfile would seek after each read: it fails in FLAC of unknown length and clicks in VBR MP3.
         self._sound.seekable = lambda: False
         self.rate, self.channels = self._sound.samplerate, self._sound.channels
@@ -339,7 +353,7 @@ class _SoundFile:
     def skip(self, frames: int) -> None:
         """Go to frame `frames`; past the end, to the end."""
         # libsndfile lands a window off in Vorbis (its issue 885): what comes before is decoded and dropped.
-        if self.frames is not None and self._sound.subtype != "VORBIS":
+        if frames and self.frames is not None and self._seekable and self._sound.subtype != "VORBIS":
             seek = max(0, min(frames, self.frames) - round(_SEEK_LEAD_SECONDS * self.rate))
             try:
                 self._position = self._sound.seek(seek)
@@ -350,6 +364,8 @@ class _SoundFile:
 
     def read(self, frames: int) -> np.ndarray:
         """Return the next float32 (n, channels), n <= frames; n = 0 at the end."""
+        if self.frames is not None and self._sound.format == "FLAC":
+            frames = min(frames, self.frames - self._position)  # behind them may be a tag, which is no FLAC
         try:
             block = self._sound.read(frames, dtype="float32", always_2d=True)
         except self._error as error:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -235,7 +236,7 @@ class TrainingConfig:
         _check(self.checkpoint_steps >= 1, "training.checkpoint_steps", self.checkpoint_steps, "at least 1")
         _check(self.average >= 1, "training.average", self.average, "at least 1")
         _check(self.patience >= 0, "training.patience", self.patience, "0 (never stop early) or more epochs")
-        _check(self.hang_seconds >= 1, "training.hang_seconds", self.hang_seconds, "at least 1")
+        _check(1 <= self.hang_seconds <= 1e6, "training.hang_seconds", self.hang_seconds, "1 to 1000000")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,4 +374,6 @@ def _toml_value(value: Any) -> str:
         return "{ " + ", ".join(f"{json.dumps(k)} = {_toml_value(v)}" for k, v in value.items()) + " }"
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)  # "inf", as TOML has it
     return json.dumps(value, ensure_ascii=False)

@@ -13,6 +13,7 @@ from asr.files import byte_planes, from_byte_planes, write_arrays
 from asr.text import normalize
 
 UNKNOWN = "<oov>"
+_MOST_PHONES = 255  # of a word in the file; more are those of what is no word
 _VERSION = 1  # of the file
 _MAKE_ANEW = "`asr train-lm --lexicon` makes both"
 
@@ -72,7 +73,7 @@ def write_pronunciations(path: Path, words: Sequence[str]) -> None:
     if missing:
         model = LetterToSound((word, phones) for word in known_words() for phones in known[word])
         said += [(word, phones) for word in missing for phones in model.ways(word)]
-    found = Pronunciations.of(said, words)
+    found = Pronunciations.of(((word, way) for word, way in said if way.count(" ") < _MOST_PHONES), words)
     arrays = {
         "version": np.array(_VERSION),
         "of": np.array(_digest(words)),

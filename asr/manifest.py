@@ -212,30 +212,32 @@ def _read_folder(path: Path) -> Iterator[_Row | Problem]:
 
 def _read_recordings(folder: Path) -> Iterator[_Row | Problem]:
     """A folder of recordings, each with its text in a .txt of the same name."""
-    found = False
-    # without any text it is noise, or speech to be recognized
-    with_texts = any(text.with_suffix(suffix).exists() for text in folder.rglob("*.txt") for suffix in RECORDINGS)
+    recordings: list[Path] = []
+    texts: dict[Path, Path] = {}  # by their names without .txt
     for parent, folders, names in os.walk(folder):
         folders.sort()
-        for name in sorted(names):
-            recording = Path(parent, name)
-            if recording.suffix.lower() not in RECORDINGS or name.startswith("."):
-                continue
-            found = True
-            if not with_texts:
-                yield str(recording), {"audio": str(recording)}
-                continue
-            beside = recording.with_suffix(".txt")
+        for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
+            if path.suffix.lower() in RECORDINGS:
+                recordings.append(path)
+            elif path.suffix.lower() == ".txt":
+                texts[path.with_suffix("")] = path
+    if not recordings:
+        raise ManifestError(f"{folder}: not a manifest; give {_FORMATS}")
+    # without any text it is noise, or speech to be recognized
+    with_texts = any(recording.with_suffix("") in texts for recording in recordings)
+    for recording in recordings:
+        beside = texts.get(recording.with_suffix(""))
+        if not with_texts:
+            yield str(recording), {"audio": str(recording)}
+        elif beside is None:
+            yield Problem(str(recording), f"no {recording.with_suffix('.txt').name} with its text beside it")
+        else:
             try:
                 text = beside.read_text(encoding="utf-8-sig")
-            except FileNotFoundError:
-                yield Problem(str(recording), f"no {beside.name} with its text beside it")
             except (OSError, UnicodeDecodeError) as error:
                 yield Problem(str(beside), f"cannot be read: {error}")
             else:
                 yield f"{beside}:1", {"audio": str(recording), "text": " ".join(text.split())}
-    if not found:
-        raise ManifestError(f"{folder}: not a manifest; give {_FORMATS}")
 
 
 def _read_table(path: Path) -> Iterator[_Row | Problem]:

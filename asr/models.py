@@ -30,7 +30,7 @@ from asr.nn import (
 )
 from asr.nn.layer import valid
 from asr.nn.transducer import Transducer
-from asr.runtime.folder import FORMAT_VERSION, PREDICTION_FILE, read_priors, write_priors
+from asr.runtime.folder import FORMAT_VERSION, PREDICTION_FILE, read_phones, read_priors, write_priors
 from asr.text import Tokenizer
 
 
@@ -216,8 +216,7 @@ def load_network(folder: str | Path) -> Network:
         )
     config = from_dict(NetworkConfig, values, where=str(folder / "config.toml"))
     tokenizer = Tokenizer.load(folder / "tokens.txt")
-    phones = folder / "phones.txt"
-    names = tuple(phones.read_text(encoding="utf-8").split()) if phones.is_file() else ()
+    names = tuple(read_phones(folder))
     bands = torch.zeros(config.features.bands)
     try:
         weights = load_file(folder / "weights.safetensors")

@@ -65,6 +65,7 @@ class Network:
         where: the network's folder, for messages.
         weights: the file that the engine reads; it tells one network from another in saved sessions.
         calibration: of the words' times and confidences.
+        phones: how many the engine is to write behind the tokens.
     """
 
     def __init__(
@@ -76,8 +77,9 @@ class Network:
         where: str = "network",
         weights: Path | None = None,
         calibration: Calibration = Calibration(),  # noqa: B008 (frozen)
+        phones: int = 0,
     ) -> None:
-        self.tokens, self._calibration = tokenizer.tokens, calibration
+        self.tokens, self._calibration, self._phones = tokenizer.tokens, calibration, phones
         self._open_engine, self._open_search, self._where, self._weights = open_engine, open_search, where, weights
         self._opening: Future[Callable[[], Decoder]] | None = None
 
@@ -96,6 +98,11 @@ class Network:
         if engine.vocab_size != len(self.tokens):
             raise ModelError(
                 f"{self._where}: tokens.txt has {len(self.tokens)} tokens, the network {engine.vocab_size}; "
+                "the model is damaged"
+            )
+        if engine.phone_count != self._phones:
+            raise ModelError(
+                f"{self._where}: phones.txt has {self._phones} phones, the network {engine.phone_count}; "
                 "the model is damaged"
             )
         return engine

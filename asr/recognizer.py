@@ -125,6 +125,7 @@ class Recognizer:
                 where=str(folder),
                 weights=find_graph(folder, precision) if engine == "onnx" else folder / "weights.safetensors",
                 calibration=load_calibration(folder, decoding) if calibrated else Calibration(),
+                phones=len(phones),
             )
         shown = "shipped model" if path is None else f"model {path}"
         return cls(networks, endpoint=endpoint, name=shown)
@@ -203,7 +204,7 @@ class Recognizer:
         Raises:
             AudioError: a rate outside 8 to 192 kHz.
             ModelError: the model has no streaming network, or no offline one for the second pass.
-            ConfigError: two passes without endpoints.
+            ConfigError: two passes without endpoints, or less than a frame to a block.
         """
         endpoint = self._endpoint if isinstance(endpoint, EllipsisType) else endpoint
         second = self._network("offline") if two_pass else None

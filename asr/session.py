@@ -63,6 +63,8 @@ class Session:
     ) -> None:
         if second is not None and endpoint is None:
             raise ConfigError("two_pass: a segment that never ends is never read again; give an endpoint")
+        if block_frames < 1:
+            raise ConfigError(f"block_frames = {block_frames!r}: must be at least 1")
         self._clock = Clock(sample_rate)
         self._network, self._second = network, second
         self._endpoint, self._frame_samples = endpoint, network.engine.samples_per_frame

@@ -83,7 +83,16 @@ class Snapshot:
             yield
         except AsrError:
             raise
-        except (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except (
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+            OSError,
+            EOFError,
+            zipfile.BadZipFile,
+        ) as error:
             raise ModelError(f"a saved state is damaged, or of another version ({error})") from error
 
     def _fill(self, target: object, attributes: dict[str, Any], makers: Mapping[str, Callable[..., Any]]) -> None:

@@ -301,10 +301,13 @@ class Stream:
             if self.closed or self._finishing:
                 state = "finished" if self._finishing else "closed"
                 raise AsrError(f"this stream is {state}: open another one with Streams.open()")
-            if self.waiting + seconds > self._streams._max_waiting:
+            most = self._streams._max_waiting
+            if seconds > most:
+                raise Overloaded(f"a block of {seconds:.1f} s; at most {most:g} s may wait: feed shorter blocks")
+            if self.waiting + seconds > most:
                 raise Overloaded(
                     f"{self.waiting:.1f} s of this stream's audio wait to be read, and {seconds:.1f} s more would be "
-                    f"too much (at most {self._streams._max_waiting:g} s); feed it when earlier audio is read"
+                    f"too much (at most {most:g} s); feed it when earlier audio is read"
                 )
             self._given += seconds
             self._finishing = last
@@ -323,7 +326,7 @@ class Stream:
 
     def _start(self) -> None:
         """Start the first job, and the next ones while they are done at once."""
-        while self._jobs and self._work is None:
+        while self._jobs and self._work is None and not self.closed:
             try:
                 work = self._jobs[0].start()
             except Exception as error:

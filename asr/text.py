@@ -9,17 +9,36 @@ from asr.errors import TextError
 BLANK = "<blank>"
 SPACE = "<space>"
 _APOSTROPHES = str.maketrans({"’": "'", "ʼ": "'", "‘": "'", "`": "'"})
+_ZERO_WIDTH_SPACE = "\u200b"
+_INSIDE_WORDS = "'\u200c\u200d"
+
+
+class _Kept(dict[int, str]):
+    """Each character as it stays: a space in place of punctuation, nothing in place of what cannot be seen."""
+
+    def __missing__(self, code: int) -> str:
+        kept = character = chr(code)
+        kind = unicodedata.category(character)
+        if character not in _INSIDE_WORDS and kind[0] in "PSZC":
+            seen = kind != "Cf" or character == _ZERO_WIDTH_SPACE  # not a soft hyphen, or the direction of writing
+            kept = " " if seen else ""
+        self[code] = kept
+        return kept
+
+
+_KEPT = _Kept()
 
 
 def normalize(text: str) -> str:
     """Return `text` as it is scored and trained on, in any script: NFKC, lower case, without punctuation.
 
-    An apostrophe is kept inside a word ("don't") and dropped at its edges; a hyphen or a slash parts words.
+    An apostrophe is kept inside a word ("don't") and dropped at its edges, as are the joiners by which some scripts
+    write; a hyphen or a slash parts words.
     """
     text = unicodedata.normalize("NFKC", text).casefold().translate(_APOSTROPHES)
     text = unicodedata.normalize("NFKC", text)
-    kept = "".join(c if c == "'" else " " if unicodedata.category(c)[0] in "PSZC" else c for c in text)
-    return " ".join(word for word in (w.strip("'") for w in kept.split()) if word)
+    words = (word.strip(_INSIDE_WORDS) for word in text.translate(_KEPT).split())
+    return " ".join(word for word in words if word)
 
 
 class Tokenizer:

@@ -296,6 +296,37 @@ def test_wav_with_chunks_around_the_audio(tmp_path):
     assert "no samples" in refusal(path)
 
 
+@pytest.mark.parametrize(("format", "subtype"), [("WAV", "GSM610"), ("AU", "G721_32"), ("AU", "G723_24")])
+def test_codecs_that_cannot_seek(tmp_path, format, subtype):
+    path = tmp_path / "a.bin"
+    soundfile.write(path, tone(3.0, 8_000), 8_000, format=format, subtype=subtype)
+    whole = read_audio(path, sample_rate=8_000)
+    assert decibels(whole[:24_000], tone(3.0, 8_000)) > 10
+    np.testing.assert_array_equal(read_audio(path, sample_rate=8_000, offset=1.0), whole[8_000:])
+
+
+def test_a_tag_behind_the_audio_is_passed_over(tmp_path):
+    path = write(tmp_path / "a.flac", tone(1.0))
+    whole = read_audio(path)
+    path.write_bytes(path.read_bytes() + b"TAG" + bytes(125))
+    np.testing.assert_array_equal(read_audio(path), whole)
+
+
+def test_a_wav_of_zeros_is_refused_at_once(tmp_path):
+    path = write(tmp_path / "a.wav", tone(1.0))
+    path.write_bytes(path.read_bytes()[:12] + bytes(50_000_000))  # a minute, chunk by chunk
+    refusal(path)
+
+
+@pytest.mark.parametrize(("format", "most"), [("AU", 0.99), ("NIST", 0.99)])
+def test_other_formats_are_held_to_what_they_declare(tmp_path, format, most):
+    path = tmp_path / "a.sph"
+    soundfile.write(path, noise(2.0), 16_000, format=format)
+    assert len(read_audio(path)) == 32_000
+    path.write_bytes(path.read_bytes()[: round(most * path.stat().st_size)])
+    assert "truncated" in refusal(path)
+
+
 @pytest.mark.parametrize("kind", ["a.flac", "a.mp3"])
 def test_a_decoder_that_fails_midway(tmp_path, kind):
     path = write(tmp_path / kind, noise(30.0))

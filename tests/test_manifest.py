@@ -311,7 +311,7 @@ def test_folder_of_recordings(tmp_path):
     (tmp_path / "b").mkdir()
     for name in ("z.wav", "b/ü 1.FLAC", "b/no text.mp3", "bad.ogg", "notes.pdf", "._z.wav"):
         (tmp_path / name).touch()
-    (tmp_path / "z.txt").write_text("  zed \n zed\n")
+    (tmp_path / "z.TXT").write_text("  zed \n zed\n")
     (tmp_path / "b/ü 1.txt").write_text("ü", encoding="utf-8")
     (tmp_path / "bad.txt").write_bytes(b"\xff")
     (tmp_path / "README.txt").write_text("no recording")

@@ -328,13 +328,16 @@ def test_what_was_written_is_read_again(tmp_path: Path) -> None:
     assert (tmp_path / "lm.npz").read_bytes() == first
 
 
-def test_arpa_files_of_other_programs_are_read(tmp_path: Path) -> None:
-    """Without <unk>, in any order, with an n-gram whose end was pruned away."""
-    (tmp_path / "lm.arpa").write_text(
+@pytest.mark.parametrize(("old", "new"), [("", ""), ("\n", "\r\n"), ("\t", " "), ("\\end", "\\4-grams:\n\n\\end")])
+def test_arpa_files_of_other_programs_are_read(tmp_path: Path, old: str, new: str) -> None:
+    """Without <unk>, in any order, with an n-gram whose end was pruned away, with no n-grams of the highest order."""
+    text = (
         "made by hand\n\n\\data\\\nngram 1=4\nngram 2=3\nngram 3=2\n\n\\1-grams:\n-1\tb\t-0.5\n-99\t<s>\t-0.1\n"
         "-0.7\ta\t-0.2\n-1.2\t</s>\n\n\\2-grams:\n-0.3\tb a\n-0.4\t<s> b\t-0.6\n-0.9\ta b\t-0.05\n\n"
         "\\3-grams:\n-0.1\t<s> b a\n-0.2\ta b b\n\n\\end\\\n"
     )
+    text = text.replace("ngram 3=2", "ngram 3=2\nngram 4=0") if "4-grams" in new else text
+    (tmp_path / "lm.arpa").write_bytes((text.replace(old, new) if old else text).encode())
     model = read_ngrams(tmp_path / "lm.arpa")
     assert (set(model.lexicon), [len(grams) for grams in model.orders]) == ({"a", "b"}, [5, 3, 1])
     automaton = Automaton(model)

@@ -204,6 +204,11 @@ def test_damaged_files_are_named(model: Path) -> None:
     (model / "offline" / "weights.safetensors").write_bytes(b"x")
     with pytest.raises(ModelError, match=r"weights.safetensors"):
         Recognizer.load(model, engine="torch").transcribe(speech(1), RATE)
+    phones = model / "offline" / "phones.txt"
+    phones.write_bytes(b"\xff")
+    with pytest.raises(ModelError, match=r"phones.txt: cannot be read"):
+        Recognizer.load(model, engine="torch").transcribe(speech(1), RATE)
+    phones.unlink()
     config = model / "offline" / "config.toml"
     config.write_text("format_version = ")
     with pytest.raises(ModelError, match=r"config.toml: not TOML"):

@@ -20,6 +20,8 @@ from asr.text import Tokenizer, normalize
         ("Größe", "grösse"),
         ("こんにちは、世界。", "こんにちは 世界"),
         ("\tline\nbreak ", "line break"),
+        ("inter\u00adview\u200bwith \u200eher", "interview with her"),  # a soft hyphen, a zero-width space, a direction
+        ("ශ්\u200dරී \u200d می\u200cروم\u200c", "ශ්\u200dරී می\u200cروم"),
         ("", ""),
     ],
 )

@@ -27,6 +27,7 @@ from asr.errors import AsrError, ConfigError
 from asr.models import Network, load_network
 from asr.nn import LookAhead
 from asr.runtime.folder import shipped_model
+from asr.text import Tokenizer
 from asr.training.checkpoint import average_weights
 from asr.training.data import Batch, Corpus, Loader, Sampler, frames_needed
 from asr.training.dry_run import dry_run
@@ -120,9 +121,18 @@ def test_what_cannot_be_learnt_is_left_out_and_counted(tmp_path: Path) -> None:
     dense = row("dense", "high " * 12 + "high", audio)
     long = row("long", "low", np.zeros(16_000 * 21))
     config = tone_config(write_corpus(tmp_path / "d", rows=5, extra=[dense, long]))
-    sampler = Sampler(Corpus(config.data.train), config, 640)
-    assert (sampler.too_dense, sampler.too_long) == (1, 1)
+    config = changed(config, "data", dev=config.data.train)
+    empty = row("empty", "", audio)
+    folder = write_corpus(tmp_path / "e", rows=0, extra=[empty, row("new", "höhe", audio)])
+    low = Corpus([*config.data.train, str(folder)], Tokenizer.characters(WORDS))
+    sampler = Sampler(low, config, 640)
+    assert (sampler.too_dense, sampler.too_long, sampler.empty, low.unspelled) == (1, 1, 1, ["new"])
     assert len(sampler.usable) == 5
+    with pytest.raises(ConfigError, match="0 too long, 0 with more tokens than frames, 1 without text, 1 not to be"):
+        Sampler(Corpus([str(folder)], low.tokenizer), config, 640)
+    with pytest.raises(ConfigError, match=r"data.dev: none of its 1 texts can be spelled in the letters of data.train"):
+        other = write_corpus(tmp_path / "f", rows=0, extra=[row("new", "höhe", audio)])
+        Trainer(changed(config, "data", dev=(str(other),)), tmp_path / "run")
     assert frames_needed([1, 2, 2, 3]) == 5
 
 
@@ -203,6 +213,11 @@ def test_a_ctc_crf_of_the_phones_is_their_ctc_less_all_that_could_be_said(tmp_pa
     def loss(weight: float) -> float:
         losses.crf_weight = weight
         return losses(batch)[0].item()
+
+    mute = [{**row(f"{i}", "high", np.zeros(16_000)), "phones": None} for i in range(2)]
+    silent = changed(config, "data", train=(str(write_corpus(tmp_path / "e", rows=0, extra=mute)),))
+    with pytest.raises(ConfigError, match=r"crf_weight = 1.0: the network writes no phones"):
+        Trainer(changed(silent, "training", alignment_weight=0.0), tmp_path / "run")
 
     assert loss(1.0) < loss(0.0), "a sum of probabilities is less than one"
     assert loss(0.0) - loss(1.0) == pytest.approx(2 * (loss(0.0) - loss(0.5)), rel=1e-3)

@@ -106,6 +106,10 @@ class TextScorer:
             self._u, self._narrow = weights["layer.cell.u.weight"].T, weights["narrow.weight"].T
         except KeyError as error:
             raise ModelError(f"{folder}: the model is damaged ({error} is missing); train it again") from error
+        if len(words) + END_ID + 1 != len(self._bias):
+            raise ModelError(
+                f"{folder}: {len(words)} words, but weights of others; the model is damaged: train it again"
+            )
         self.numbers = {word: i for i, word in enumerate(words, start=END_ID + 1)}
 
     def log_probs(self, texts: Sequence[Sequence[int]]) -> np.ndarray:

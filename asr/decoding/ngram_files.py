@@ -105,7 +105,7 @@ def _unpack(
 
 def _read_arpa(path: Path, most: int | None) -> NgramModel:
     content = path.read_bytes()
-    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode().replace("\r\n", "\n")
     sections = re.split(r"^\\(\d+)-grams:$", text, flags=re.MULTILINE)
     counts = [int(count) for count in re.findall(r"^ngram \d+=(\d+)$", sections[0], flags=re.MULTILINE)]
     if "\\data\\" not in sections[0] or "\\end\\" not in text or not counts:
@@ -114,15 +114,17 @@ def _read_arpa(path: Path, most: int | None) -> NgramModel:
     orders: list[Grams] = []
     ids: dict[str, int] = {}
     for n, body in itertools.islice(zip(map(int, sections[1::2]), sections[2::2], strict=True), most):
-        rows = [line.split("\t") for line in body.split("\\end\\")[0].splitlines() if line]
+        rows = [line.replace("\t", " ").split(" ") for line in body.split("\\end\\")[0].splitlines() if line]
         if len(rows) != counts[n - 1]:
             raise ValueError(f"{len(rows)} of {counts[n - 1]} {n}-grams")
+        if not rows:
+            break
         if n == 1:
             special = {UNKNOWN: 0, START: 1, END: 2}
             words = (*special, *(row[1] for row in rows if row[1] not in special))
             ids = {word: i for i, word in enumerate(words)}
-        grams = np.array([[ids[word] for word in row[1].split(" ")] for row in rows]).reshape(len(rows), n)
-        values = np.array([[float(row[0]), float(row[2]) if len(row) > 2 else 0.0] for row in rows]) * LOG10
+        grams = np.array([[ids[word] for word in row[1 : n + 1]] for row in rows])
+        values = np.array([[float(row[0]), float(row[n + 1]) if len(row) > n + 1 else 0.0] for row in rows]) * LOG10
         if n == 1 and len(rows) < len(words):  # no <unk>, say
             missing = np.setdiff1d(np.arange(len(words)), grams[:, 0])
             grams = np.concatenate([grams, missing[:, None]])

@@ -96,10 +96,26 @@ def find_next_word(path: str | Path | None) -> Path | None:
 
 
 def phones_at_output(network: Path) -> list[str]:
-    """The phones that the network in a folder writes beside its tokens, their blank first; none, if it writes none."""
-    writes = read_toml(network / "config.toml").get("model", {}).get("phone_output", False)
+    """The phones that the network in a folder writes beside its tokens, their blank first; none, if it writes none.
+
+    Raises:
+        ModelError: their names cannot be read.
+    """
+    model = read_toml(network / "config.toml").get("model")
+    return read_phones(network) if isinstance(model, dict) and model.get("phone_output") else []
+
+
+def read_phones(network: Path) -> list[str]:
+    """The names of the phones that a network was trained with, their blank first; none, if it was without.
+
+    Raises:
+        ModelError: they cannot be read.
+    """
     names = network / "phones.txt"
-    return names.read_text(encoding="utf-8").split() if writes and names.is_file() else []
+    try:
+        return names.read_text(encoding="utf-8").split() if names.is_file() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{names}: cannot be read ({error}); the model is damaged") from error
 
 
 def write_priors(network: Path, log_priors: np.ndarray) -> None:

@@ -222,6 +222,7 @@ class Sampler:
     Attributes:
         too_long: utterances left out because they are longer than data.max_seconds.
         too_dense: utterances left out because their text has more tokens than their audio has output frames.
+        empty: utterances left out because they have no text.
     """
 
     def __init__(self, corpus: Corpus, config: TrainConfig, stride: int) -> None:
@@ -234,10 +235,14 @@ class Sampler:
         empty = np.array([not tokens for tokens in corpus.tokens], dtype=bool)
         self.usable = np.flatnonzero(~long & ~dense & ~empty)
         self.too_long, self.too_dense = int(long.sum()), int((dense & ~long).sum())
+        self.empty = int((empty & ~long & ~dense).sum())
         if not len(self.usable):
+            unspelled = len(corpus.unspelled)
+            letters = " in the letters of init_from (set new_tokens = true)" if config.init_from else ""
             raise ConfigError(
-                f"no utterance of {', '.join(config.data.train)} can be trained on: {len(corpus)} there, "
-                f"{self.too_long} too long, {self.too_dense} with more tokens than frames"
+                f"no utterance of {', '.join(config.data.train)} can be trained on: {self.too_long} too long, "
+                f"{self.too_dense} with more tokens than frames, {self.empty} without text, {unspelled} not "
+                f"to be spelled{letters}"
             )
 
     def epoch(self, epoch: int) -> list[Plan]:

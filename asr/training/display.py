@@ -62,7 +62,7 @@ class Display:
 
     def follow(self, log: Path) -> None:
         """Show what is added to `log` from now on."""
-        start = log.stat().st_size if log.is_file() else 0
+        start = log.read_bytes().rfind(b"\n") + 1 if log.is_file() else 0  # half a row is removed by who goes on
         self._thread = Thread(target=self._follow, args=(log, start), daemon=True)
         self._thread.start()
 

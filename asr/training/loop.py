@@ -14,7 +14,7 @@ from asr.augment import SAMPLE_RATE
 from asr.config import NetworkConfig, TrainConfig
 from asr.decoding.greedy import GreedyDecoder
 from asr.decoding.transducer import TransducerSearch
-from asr.errors import AsrError
+from asr.errors import AsrError, ConfigError
 from asr.models import FORMAT_VERSION, Network, load_network
 from asr.nn.layer import valid
 from asr.text import Tokenizer
@@ -84,6 +84,11 @@ class Trainer:
         self.goes_on = start is not None and same_shape(self.network, start)
         self.sampler = Sampler(self.corpus, config, self.network.stride)
         self.dev = Corpus(config.data.dev, self.corpus.tokenizer, self.corpus.phones) if config.data.dev else None
+        if self.dev is not None and not len(self.dev):
+            whose = "init_from (or set new_tokens = true)" if tokenizer and start else "data.train"
+            raise ConfigError(
+                f"data.dev: none of its {len(self.dev.unspelled)} texts can be spelled in the letters of {whose}"
+            )
         hop = config.features.hop
         self.loader = Loader(self.corpus, config, hop, rank=rank, world=world)
         self.dev_loader = Loader(self.dev, config, hop, augment=False) if self.dev else None
@@ -111,7 +116,15 @@ class Trainer:
     def _phone_trigrams(self) -> torch.Tensor | None:
         """What the denominator of the final phones' CTC takes for likely; None where the network is trained without."""
         phones = self.network.phone_count
-        return trigrams(self.corpus.phone_ids, phones) if phones and self.config.training.crf_weight else None
+        weight = self.config.training.crf_weight
+        if not weight:
+            return None
+        if not phones:
+            raise ConfigError(
+                f"training.crf_weight = {weight}: the network writes no phones; prepare data.train with --lexicon "
+                "cmudict (English), or set it to 0"
+            )
+        return trigrams(self.corpus.phone_ids, phones)
 
     def _newest_checkpoint(self) -> Path | None:
         """What rank 0 sees: another rank may see a shared folder as it was a moment ago."""
@@ -144,7 +157,9 @@ class Trainer:
         left = {
             "too long": sampler.too_long,
             "more tokens than frames": sampler.too_dense,
+            "without text": sampler.empty,
             "not spelled by the tokenizer": len(corpus.unspelled),
+            "of data.dev not spelled": len(self.dev.unspelled) if self.dev is not None else 0,
         }
         left_out = ", ".join(f"{n} {why}" for why, n in left.items() if n) or "none"
         return (
