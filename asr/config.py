@@ -222,7 +222,7 @@ class TrainingConfig:
         _check(self.batch_utterances >= self.views, "training.batch_utterances", self.batch_utterances, views)
         _check(self.accumulate >= 1, "training.accumulate", self.accumulate, "at least 1")
         _check(self.optimizer in ("adamw", "muon"), "training.optimizer", self.optimizer, '"adamw" or "muon"')
-        _check(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "above 0")
+        _check(0 < self.learning_rate <= 10, "training.learning_rate", self.learning_rate, "above 0, at most 10")
         _check(self.clip_norm > 0, "training.clip_norm", self.clip_norm, "above 0")
         for name in (
             "clip_value", "warmup_steps", "weight_decay", "phone_weight", "alignment_weight", "transducer_weight",
@@ -352,8 +352,8 @@ def _convert(kind: Any, value: Any, where: str, name: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not (isinstance(kind, type) and isinstance(value, kind)) or (kind is int and isinstance(value, bool)):
-        expected = getattr(kind, "__name__", str(kind))
-        raise ConfigError(f"{where}: {name} = {value!r}: must be of type {expected}")
+        expected = "a list" if get_origin(kind) is tuple else f"of type {getattr(kind, '__name__', kind)}"
+        raise ConfigError(f"{where}: {name} = {value!r}: must be {expected}")
     return value
 
 

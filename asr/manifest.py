@@ -24,7 +24,8 @@ _NAMES = {
 }
 # Files of a folder that count as recordings; a file named outright may be called anything.
 RECORDINGS = {".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf"}
-RECORDINGS |= {".w64", ".rf64", ".m4a", ".mp4", ".aac", ".webm", ".mkv", ".mov", ".wma", ".amr", ".3gp"}
+RECORDINGS |= {".w64", ".rf64", ".m4a", ".mp4", ".aac", ".webm", ".mkv", ".mov", ".wma", ".amr", ".3gp", ".wv"}
+RECORDINGS |= {".m4v", ".avi", ".mpg", ".mpeg", ".ts", ".flv"}
 _FORMATS = (
     "NeMo JSON Lines, a Kaldi data folder (wav.scp), Lhotse cuts or recordings with supervisions (.jsonl, "
     ".jsonl.gz), CSV or TSV with a header, or a folder of recordings each with a .txt beside it"

@@ -111,7 +111,6 @@ def perplexity(model: NextWord, lines: Iterable[str], *, carry: bool = True) -> 
     return Perplexity(value=float(torch.tensor(loss / max(count, 1)).exp()), words=count, unknown=unknown)
 
 
-@torch.no_grad()
 def generate(
     model: NextWord, prompt: str, *, words: int = 50, temperature: float = 1.0, top_k: int = 0, seed: int = 0
 ) -> Iterator[str]:
@@ -123,12 +122,17 @@ def generate(
         top_k: draw from the k most probable words alone; 0: from all.
 
     Raises:
-        ConfigError: the temperature is not above 0, or top_k is below 0.
+        ConfigError: the temperature is not in 0.0001 to 10000, or top_k is below 0.
     """
-    if temperature <= 0:
-        raise ConfigError(f"temperature {temperature:g}: must be above 0; near 0 the most probable word is drawn")
+    if not 1e-4 <= temperature <= 1e4:
+        raise ConfigError(f"temperature {temperature:g}: must be 0.0001, where the likeliest word is drawn, to 10000")
     if top_k < 0:
         raise ConfigError(f"top_k {top_k}: must be 0 (draw from all words) or more")
+    return _drawn(model, prompt, words, temperature, top_k, seed)
+
+
+@torch.no_grad()
+def _drawn(model: NextWord, prompt: str, words: int, temperature: float, top_k: int, seed: int) -> Iterator[str]:
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     said = torch.cat([torch.tensor([END_ID]), model.encode([prompt])[:-1]])

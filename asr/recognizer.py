@@ -232,7 +232,9 @@ class Recognizer:
         if name not in NETWORKS:
             raise ConfigError(f"network = {name!r}: must be {' or '.join(NETWORKS)}")
         if name not in self._networks:
-            raise ModelError(f"the {self._name} has no {name} network (it has: {', '.join(self._networks)})")
+            has = ", ".join(self._networks)
+            flag = "add --streaming" if name == "offline" else "leave out --streaming"
+            raise ModelError(f"the {self._name} has no {name} network (it has: {has}); on the command line: {flag}")
         return self._networks[name]
 
     def _transcribe_offline(self, network: Network, blocks: Iterable[np.ndarray], rate: int) -> Transcript:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from asr.errors import AsrError
+from asr.errors import AsrError, ConfigError
 from pipelines.commands import evaluate, inside, recognize, serve, training  # noqa: F401 (they add themselves to `app`)
 from pipelines.commands.options import app, complain, tell
 from pipelines.memory import keep_memory
@@ -69,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             out.reconfigure(errors="surrogateescape" if out.encoding.lower() == "utf-8" else "backslashreplace")
     try:
         app(args=arguments, prog_name="asr")
+    except ConfigError as error:
+        complain(error)
+        sys.exit(2)
     except AsrError as error:
         complain(error)
         sys.exit(1)
@@ -82,6 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:  # a full disk, a folder without permission
         tell(f"error: {error.filename or 'input/output'}: {error.strerror or error}")
         sys.exit(1)
+    except Exception as error:
+        if isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):  # in the middle of an import
+            sys.exit(130)
+        raise
 
 
 if __name__ == "__main__":

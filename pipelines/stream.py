@@ -1,4 +1,4 @@
-"""`asr stream`: live audio, from a microphone or from a file fed as if it were one, with its text."""
+"""`asr stream`: live audio, from a microphone, a pipe, or a file fed as if it were one, with its text."""
 
 import queue
 import signal
@@ -9,11 +9,11 @@ from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import numpy as np
 
-from asr.audio import SAMPLE_RATE, audio_blocks
+from asr.audio import SAMPLE_RATE, audio_blocks, to_float
 from asr.errors import AsrError
 from pipelines.transcribe import RecognizerOptions
 
@@ -70,6 +70,22 @@ class FileSource:
                 time.sleep(max(0.0, due - captured))
                 captured = due
             yield Block(samples=samples, captured=captured)
+
+
+class PipeSource:
+    """Samples from a pipe (standard input): 16 bits, little-endian, mono, as `arecord -t raw -f S16_LE` gives them."""
+
+    def __init__(self, sample_rate: int, pipe: BinaryIO | None = None) -> None:
+        self.sample_rate = sample_rate
+        self.lost = 0
+        self._pipe = pipe or sys.stdin.buffer
+
+    def blocks(self) -> Generator[Block, None, None]:
+        """Blocks of a tenth of a second, until the pipe ends."""
+        size = 2 * round(_BLOCK_SECONDS * self.sample_rate)
+        while data := self._pipe.read(size):
+            samples = np.frombuffer(data, "<i2", len(data) // 2)
+            yield Block(samples=to_float(samples.astype(np.int16)), captured=time.monotonic())
 
 
 class MicrophoneSource:

@@ -83,7 +83,7 @@ def train_lm(
             "lexicon": lexicon,
             "words": len(model.lexicon),
             "ngrams": [len(grams) for grams in model.orders],
-            "perplexity": round(measured.value, 2),
+            "perplexity": round(measured.value, 2) if measured.words else None,
             "unknown": measured.unknown / max(measured.words + measured.unknown, 1),
         }
         write_text(unfinished / "lm.json", json.dumps(made_of, indent=2, ensure_ascii=False) + "\n")

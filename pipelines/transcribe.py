@@ -229,7 +229,9 @@ def find_audio(paths: Sequence[Path]) -> tuple[list[tuple[Path, Path]], list[Pro
         if not path.is_dir():
             found.append((path, Path(path.name)))
             continue
-        inside = sorted(f for f in path.rglob("*") if f.suffix.lower() in RECORDINGS and f.is_file())
+        inside = sorted(
+            f for f in path.rglob("*") if f.suffix.lower() in RECORDINGS and not f.name.startswith(".") and f.is_file()
+        )
         if not inside:
             problems.append(Problem(str(path), "no recordings in this folder (looked for .wav, .flac, .mp3 ...)"))
         found += [(f, f.relative_to(path)) for f in inside]

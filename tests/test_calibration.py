@@ -1,5 +1,6 @@
 """Calibration of words: shifts, pauses, confidences, and the file that keeps them."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,15 @@ def test_no_word_begins_in_a_pause() -> None:
     assert second.start == pytest.approx(2.2, abs=0.02)
     (in_silence,) = Calibration(reach=0.2).apply([word(0.1, 0.6)], 0.0, 3.1, levels)
     assert in_silence.start == 0.1  # no sound begins in it
+
+
+def test_two_words_share_no_border_and_each_takes_time() -> None:
+    levels = levels_of(tone_and_silence(1.0, 0.4, 1.0))
+    words = [word(0.9, 1.1), word(1.15, 1.2), word(1.2, 1.22), word(1.26, 1.3)]
+    found = Calibration(start_shift=-0.06, end_shift=0.02, reach=0.3).apply(words, 0.0, 2.4, levels)
+    assert found[0].start == pytest.approx(1.0, abs=0.02) and found[-1].end == pytest.approx(1.4, abs=0.02)
+    assert all(w.end - w.start > 0.0499 for w in found)
+    assert all(a.end <= b.start for a, b in itertools.pairwise(found))
 
 
 def test_the_gap_of_a_plosive_and_a_click_are_no_borders() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from asr.errors import ConfigError, Problem
+from asr.errors import ConfigError, ModelError, Problem
 from asr.runtime.folder import shipped_model
 from pipelines.cli import main
 
@@ -80,6 +80,14 @@ def test_recognizing_commands_load_nothing_of_training() -> None:
         ("stream", "a.wav", "--decoding", "greedy", "--lm-weight", "0.5"),
         ("transcribe", "a.wav", "--decoding", "beam", "--nbest", "3"),
         ("transcribe", "a.wav", "--threads", "0"),
+        ("transcribe", "a.jsonl", "--format", "srt"),
+        ("evaluate", "a.jsonl", "--clips", "3"),
+        ("export", "-o", "m", "--to", "onnx", "--small"),
+        ("inspect", "a.wav", "--duration", "0"),
+        ("transcribe", "a.wav", "--rule", "vad=none"),
+        ("transcribe", "a.wav", "--decoding", "beam", "--word-score", "inf"),
+        ("stream", "-", "--realtime"),
+        ("stream", "a.wav", "--rate", "8000"),
         ("stream", "--realtime"),
         ("stream", "a.wav", "--device", "1"),
         ("prepare", "a.jsonl"),
@@ -154,7 +162,7 @@ def test_train_hands_over_the_config_with_its_overrides(monkeypatch: pytest.Monk
 
 def test_train_names_a_missing_config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     stand_in(monkeypatch, "pipelines.train", train=None)
-    assert run("train", "none.toml") == 1
+    assert run("train", "none.toml") == 2
     assert capsys.readouterr().err.startswith("error: none.toml: ")
 
 
@@ -172,15 +180,18 @@ def test_export_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_errors_for_the_reader_end_with_status_1(
+def test_errors_for_the_reader_end_with_status_1_and_those_of_usage_with_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    errors = [ModelError("m: nothing to export"), ConfigError("m: nothing to export")]
+
     def export_model(*_: object, **__: object) -> None:
-        raise ConfigError("m: nothing to export")
+        raise errors.pop(0)
 
     stand_in(monkeypatch, "asr.runtime.export", export_model=export_model)
-    assert run("export", "runs/a", "-o", "m") == 1
-    assert capsys.readouterr().err == "error: m: nothing to export\n"
+    for status in (1, 2):
+        assert run("export", "runs/a", "-o", "m") == status
+        assert capsys.readouterr().err == "error: m: nothing to export\n"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`asr stream`: live audio from a file or a microphone."""
 
+import io
 import os
 import pty
 import shutil
@@ -21,7 +22,7 @@ from asr.errors import AsrError
 from asr.metrics import count_errors
 from asr.recognizer import Network, Recognizer
 from pipelines.cli import main
-from pipelines.stream import Block, FileSource, MicrophoneSource, Timing, stream
+from pipelines.stream import Block, FileSource, MicrophoneSource, PipeSource, Timing, stream
 
 
 class Recorded:
@@ -149,10 +150,18 @@ def test_rules_say_when_a_segment_ends(
 ) -> None:
     assert run(two_segments, "--rule", "trailing_silence=2.5", "--rule", "blanks=false") == 0
     assert capsys.readouterr().out == "one twothree\n"  # uncut, and no space was said
-    assert run(two_segments, "--rule", "trailing=2.5") == 1
+    assert run(two_segments, "--rule", "trailing=2.5") == 2
     assert "there is no rule 'trailing'; there are trailing_silence, leading_silence" in capsys.readouterr().err
-    assert run(two_segments, "--rule", "max_segment=long") == 1
+    assert run(two_segments, "--rule", "max_segment=long") == 2
     assert "max_segment must be a number of seconds" in capsys.readouterr().err
+
+
+def test_samples_from_a_pipe_are_those_of_a_file(two_segments: Path) -> None:
+    samples, rate = soundfile.read(two_segments, dtype="int16")
+    piped = PipeSource(rate, io.BytesIO(samples.astype("<i2").tobytes() + b"\0"))  # half a sample more
+    transcript, timing, _ = stream(piped, ToyOptions(), Recorded())
+    assert transcript.text == stream(FileSource(two_segments), ToyOptions(), Recorded())[0].text
+    assert timing.audio_seconds == pytest.approx(len(samples) / rate)
 
 
 def test_realtime_takes_as_long_as_the_speech(tmp_path: Path) -> None:

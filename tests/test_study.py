@@ -416,5 +416,5 @@ def test_every_experiment_names_its_settings_uniquely_and_the_command_its_experi
 def test_unknown_experiment_is_an_error_that_lists_them(capsys: Any, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as end:
         main(["study", "memroy", "--out", str(tmp_path)])
-    assert end.value.code == 1
+    assert end.value.code == 2
     assert "memroy" in (said := capsys.readouterr().err) and "gradients" in said

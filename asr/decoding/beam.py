@@ -70,10 +70,11 @@ class BeamConfig:
         for name in ("beam", "nbest"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: must be at least 1")
-        if not self.lm_weight >= 0:
-            raise ConfigError(f"lm_weight = {self.lm_weight!r}: must not be negative")
-        if not self.prior_weight >= 0:
-            raise ConfigError(f"prior_weight = {self.prior_weight!r}: must not be negative")
+        for name in ("lm_weight", "prior_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: must not be negative, nor infinite")
+        if not math.isfinite(self.word_score):
+            raise ConfigError(f"word_score = {self.word_score!r}: must be a finite number")
         for name in ("phone_share", "network_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: must be 0 to 1")

@@ -52,21 +52,27 @@ class Calibration:
         levels = smooth(levels) if levels is not None and self.reach else None
         borders = [self._borders(first, last, start, levels) for first, last in shifted]
         middles = [(first + last) / 2 for first, last in shifted]
+        nexts = [*(first for first, _ in shifted[1:]), end]
         starts: list[float] = []
-        for (time, last), (begins, after), before in zip(shifted, borders, [-math.inf, *middles[:-1]], strict=True):
+        for (time, last), (begins, after), before, following in zip(
+            shifted, borders, [-math.inf, *middles[:-1]], nexts, strict=True
+        ):
             # Nor does one begin in a pause: such a network may write its first letter long before it sounds.
             sound, silence = (min((e for e in edges if e > time), default=math.inf) for edges in (begins, after))
-            in_pause = sound < min(silence, last)
-            found = sound if in_pause else _nearest([edge for edge in begins if edge > before], time, self.reach)
-            starts.append(min(max(found, start, *starts[-1:]), end))  # a border is one word's alone
+            latest = min(last, following) - _SHORTEST  # a border behind it is another word's
+            in_pause = sound < min(silence, latest)
+            found = sound if in_pause else _nearest([e for e in begins if before < e < latest], time, self.reach)
+            earliest = starts[-1] + _SHORTEST if starts else start
+            starts.append(max(min(max(found, earliest), end - _SHORTEST), start, *starts[-1:]))
         ends: list[float] = []
         for (_, time), (_, after), following, first, second in zip(
             shifted, borders, [*middles[1:], math.inf], starts, [*starts[1:], end], strict=True
         ):
             # A word does not go on behind a pause: a network that hears the future may keep its last letter until then.
             inside = [edge for edge in after if first + _SHORTEST < edge < time]
-            found = inside[0] if inside else _nearest([edge for edge in after if edge < following], time, self.reach)
-            ends.append(min(max(found, first), second))
+            near = [edge for edge in after if first + _SHORTEST < edge < following]
+            found = inside[0] if inside else _nearest(near, time, self.reach)
+            ends.append(min(max(found, first + _SHORTEST), second))
         confidences = [word.confidence for word in words]
         if self.confidence:
             confidences = probability(evidence(words), np.array(self.confidence)).tolist()

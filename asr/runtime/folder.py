@@ -42,6 +42,8 @@ def find_networks(path: str | Path | None) -> dict[str, Path]:
     if not networks:
         if (folder / "model").is_dir():
             hint = f"; this looks like a training run, whose model is {folder / 'model'}"
+        elif (folder / "checkpoints").is_dir():
+            hint = "; this looks like a training run that has not ended: `asr train`, again, goes on with it"
         elif (folder / "config.toml").is_file():
             hint = f"; this looks like one network of the model {folder.absolute().parent}"
         else:

@@ -25,7 +25,7 @@ def inspect(
         typer.Option(metavar="A B", help="Two models, or two networks of one (MODEL/offline), side by side."),
     ] = None,
     start: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Where to start in the recording.")] = 0.0,
-    duration: Annotated[float | None, typer.Option(metavar="SECONDS", help="How much of it to read.")] = None,
+    duration: Annotated[float | None, typer.Option(min=0.01, metavar="SECONDS", help="How much of it to read.")] = None,
     layer: Annotated[
         int | None, typer.Option(min=1, help="Only this recurrent layer; without it, all of them.")
     ] = None,

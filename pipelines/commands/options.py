@@ -66,6 +66,9 @@ LmWeightOption = Annotated[
 WordScoreOption = Annotated[
     float | None, typer.Option(help="Added for each word; more of it, more words.", rich_help_panel=BEAM)
 ]
+NbestOption = Annotated[
+    int | None, typer.Option(min=1, help="So many alternatives of each segment.", rich_help_panel=BEAM)
+]
 
 
 def _hot_words(path: str) -> dict[str, float]:

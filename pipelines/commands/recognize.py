@@ -9,7 +9,6 @@ import typer
 
 from asr.errors import Problem
 from pipelines.commands.options import (
-    BEAM,
     RECOGNIZE,
     AddressOption,
     BeamOption,
@@ -19,6 +18,7 @@ from pipelines.commands.options import (
     HotWordsOption,
     LmWeightOption,
     ModelOption,
+    NbestOption,
     PrecisionOption,
     RulesOption,
     StreamingOption,
@@ -52,10 +52,7 @@ def transcribe(
     lm_weight: LmWeightOption = None,
     word_score: WordScoreOption = None,
     hot_words: HotWordsOption = None,
-    nbest: Annotated[
-        int | None,
-        typer.Option(min=1, help="With --format json: so many alternatives of each segment.", rich_help_panel=BEAM),
-    ] = None,
+    nbest: NbestOption = None,
     rule: RulesOption = None,
     engine: EngineOption = "onnx",
     precision: PrecisionOption = None,
@@ -82,7 +79,12 @@ def transcribe(
     if nbest is not None and format != "json":
         raise typer.BadParameter("--nbest: alternatives are written with --format json")
     from pipelines.formats import JOINABLE, write_text
+    from pipelines.predictions import is_manifest
     from pipelines.transcribe import transcribe as run
+
+    rows = [path for path in audio if is_manifest(path) and not path.is_dir()]
+    if rows and (format != "txt" or nbest is not None):
+        raise typer.BadParameter(f"{rows[0]}: the rows of a manifest become JSON Lines; leave out --format and --nbest")
 
     if output_dir is None and format not in JOINABLE and (len(audio) > 1 or audio[0].is_dir()):
         raise typer.BadParameter(f"--format {format}: several recordings need --output-dir")
@@ -121,13 +123,17 @@ def transcribe(
 
 @app.command(rich_help_panel=RECOGNIZE)
 def stream(
-    audio: Annotated[Path | None, typer.Argument(help="A recording; without it, the microphone.")] = None,
+    audio: Annotated[
+        Path | None,
+        typer.Argument(help="A recording; - for 16-bit samples, mono, from a pipe; without it, the microphone."),
+    ] = None,
     realtime: Annotated[
         bool, typer.Option("--realtime", help="Feed the recording at the pace at which it was spoken.")
     ] = False,
     device: Annotated[
         str | None, typer.Option("--device", "-d", help="Microphone: its number, or part of its name.")
     ] = None,
+    rate: Annotated[int, typer.Option(metavar="HZ", help="Of the samples from a pipe.")] = 16_000,
     list_devices: Annotated[bool, typer.Option("--list-devices", help="Show the microphones and exit.")] = False,
     two_pass: Annotated[
         bool, typer.Option("--two-pass", help="Read finished segments again with the offline network.")
@@ -149,19 +155,24 @@ def stream(
     goes to stderr: redrawn in place on a terminal, elsewhere a line a change.
     Ctrl-C ends with the text so far. The microphone needs the extra \\[mic].
     """
-    from pipelines.stream import FileSource, MicrophoneSource, devices, terminal
+    from pipelines.stream import FileSource, MicrophoneSource, PipeSource, devices, terminal
     from pipelines.stream import stream as run
 
     if list_devices:
         print(devices(), end="")
         return
-    if audio is None and realtime:
-        raise typer.BadParameter("--realtime is for a recording; a microphone always is")
+    piped = audio == Path("-")
+    if realtime and (audio is None or piped):
+        raise typer.BadParameter("--realtime is for a recording; a microphone and a pipe always are")
+    if rate != 16_000 and not piped:
+        raise typer.BadParameter("--rate is for samples from a pipe (-); a recording and a microphone tell theirs")
     if audio is not None and device is not None:
         raise typer.BadParameter("--device is for the microphone; leave out the recording")
     search = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score, "hot_words": hot_words}
     options = recognizer_options(model, decoding, engine, precision, threads, rule, **search)
-    if audio is not None:
+    if piped:
+        source = PipeSource(rate)
+    elif audio is not None:
         source = FileSource(audio, realtime=realtime)
     else:
         source = MicrophoneSource(int(device) if device is not None and device.isdecimal() else device)

@@ -17,6 +17,7 @@ from pipelines.commands.options import (
     HotWordsOption,
     LmWeightOption,
     ModelOption,
+    NbestOption,
     PrecisionOption,
     RulesOption,
     WordScoreOption,
@@ -69,6 +70,7 @@ def serve(
     beam: BeamOption = None,
     lm_weight: LmWeightOption = None,
     word_score: WordScoreOption = None,
+    nbest: NbestOption = None,
     hot_words: HotWordsOption = None,
     rule: RulesOption = None,
     engine: EngineOption = "onnx",
@@ -87,7 +89,7 @@ def serve(
     Ctrl-C or SIGTERM ends it: who is connected gets what was said so far.
     docs/server.md tells all of it.
     """
-    search = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score, "hot_words": hot_words}
+    search = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score, "nbest": nbest, "hot_words": hot_words}
     options = recognizer_options(model, decoding, engine, precision, 1, rule, **search)
     try:
         from pipelines.serve.access import Access

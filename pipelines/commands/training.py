@@ -117,7 +117,8 @@ def train(
     from pipelines.train import train as run
 
     made = run(chosen, folder, workers=workers, min_workers=min_workers, address=address)
-    print(f"{made}: try it with  asr transcribe --model {made} AUDIO")
+    how = "" if (made / "offline").is_dir() else " --streaming"
+    print(f"{made}: try it with  asr transcribe{how} --model {made} AUDIO")
 
 
 _RATE_FURTHER = 1e-3  # of a next-word model that is trained further
@@ -238,11 +239,13 @@ def train_lm(
         arpa=arpa,
     )
     ngrams = " + ".join(f"{n:,}" for n in made.ngrams)
-    print(
-        f"{made.folder}: {made.words:,} words, {ngrams} n-grams, {made.megabytes:.1f} MB, "
-        f"perplexity {made.perplexity.value:.1f} on {made.perplexity.words:,} words kept back "
-        f"({made.perplexity.unknown:,} more are unknown)"
-    )
+    measured = "too little text to measure its perplexity"
+    if made.perplexity.words:
+        measured = (
+            f"perplexity {made.perplexity.value:.1f} on {made.perplexity.words:,} words kept back "
+            f"({made.perplexity.unknown:,} more are unknown)"
+        )
+    print(f"{made.folder}: {made.words:,} words, {ngrams} n-grams, {made.megabytes:.1f} MB, {measured}")
 
 
 def _refuse(where: str, **options: object) -> None:
@@ -274,6 +277,8 @@ def export(
 
     Every graph is compared with PyTorch on speech before it is written.
     """
+    if small and to != "model":
+        raise typer.BadParameter("--small is for a whole model; of graphs alone, onnx-int8 are the small ones")
     from asr.audio import read_audio
     from asr.runtime.export import export_model
     from asr.runtime.folder import shipped_model

@@ -1,6 +1,7 @@
 """What the server allows a client, and how it says no."""
 
 from dataclasses import dataclass, fields
+from math import inf
 
 from asr.errors import AsrError, ConfigError
 
@@ -35,8 +36,8 @@ class Limits:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if not getattr(self, field.name) > 0:
-                raise ConfigError(f"{field.name} = {getattr(self, field.name)!r}: must be above 0")
+            if not 0 < getattr(self, field.name) < inf:
+                raise ConfigError(f"{field.name} = {getattr(self, field.name)!r}: must be above 0, and finite")
 
     @property
     def connections(self) -> int:
