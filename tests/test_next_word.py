@@ -104,7 +104,7 @@ def test_cold_or_from_one_word_it_takes_the_most_probable(trained: Path) -> None
     assert cold == list(generate(model, "ben sings", words=20, top_k=1, seed=2))
     few = {word for seed in range(30) for word in generate(model, "ben", words=1, top_k=2, seed=seed)}
     assert few < set(ACTS) and len(few) == 2
-    with pytest.raises(ConfigError, match="temperature 0: must be 0.0001"):
+    with pytest.raises(ConfigError, match=r"temperature 0: must be 0\.0001"):
         list(generate(model, "ben", temperature=0.0))
     with pytest.raises(ConfigError, match="top_k -1"):
         list(generate(model, "ben", top_k=-1))
