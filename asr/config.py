@@ -53,7 +53,7 @@ class ModelConfig:
     channels: tuple[int, ...] = (192, 256)
     kernels: tuple[int, ...] = (5, 3)
     strides: tuple[int, ...] = (2, 2)
-    utterance_norm: float = 0.0  # offline: seconds at which half of what an utterance's levels differ by is taken off
+    utterance_norm: float = 0.0  # seconds after which half of what an utterance's levels differ by is taken off; 0: off
     hidden: int = 224
     layers: int = 3
     look_ahead: int = 0
@@ -78,10 +78,6 @@ class ModelConfig:
         for kernel, stride in zip(self.kernels, self.strides, strict=True):
             _check(1 <= stride <= kernel, "model.strides", self.strides, "1 up to the kernel beside it")
         _check(self.utterance_norm >= 0, "model.utterance_norm", self.utterance_norm, "0 (off) or more seconds")
-        _check(
-            self.bidirectional or not self.utterance_norm, "model.utterance_norm", self.utterance_norm,
-            "0 in a streaming network, which does not know the whole utterance",
-        )  # fmt: skip
         _check(self.hidden >= 1, "model.hidden", self.hidden, "at least 1")
         _check(self.layers >= 1, "model.layers", self.layers, "at least 1")
         _check(0 <= self.dropout < 1, "model.dropout", self.dropout, "0 up to 1")

@@ -21,6 +21,7 @@ from asr.nn import (
     Chain,
     LookAhead,
     Normalise,
+    RunningNormalise,
     SelfAttention,
     State,
     StreamingLayer,
@@ -101,7 +102,10 @@ class Network(Chain):
         normalise = Normalise(mean, variance)
         if model.utterance_norm:
             frames = model.utterance_norm * 1000 / config.features.hop_ms
-            normalise = UtteranceNormalise(mean, variance, frames, math.prod(model.strides))
+            if model.bidirectional:
+                normalise = UtteranceNormalise(mean, variance, frames, math.prod(model.strides))
+            else:
+                normalise = RunningNormalise(mean, variance, frames)
         layers: list[StreamingLayer] = [LogMel(config.features), normalise]
         size = config.features.bands
         for channels, kernel, stride in zip(model.channels, model.kernels, model.strides, strict=True):

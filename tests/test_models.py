@@ -21,7 +21,7 @@ def tiny_network(*, bidirectional: bool, look_ahead: int = 0, seed: int = 0, lay
     torch.manual_seed(seed)
     model = ModelConfig(
         bidirectional=bidirectional, channels=(12, 10), hidden=8, layers=layers, look_ahead=look_ahead, phone_layer=1,
-        phone_output=True, utterance_norm=2.0 if bidirectional else 0.0,
+        phone_output=True, utterance_norm=2.0,
     )  # fmt: skip
     config = NetworkConfig(format_version=1, features=FeatureConfig(bands=20), model=model)
     tokenizer = Tokenizer.characters(["abc'"])

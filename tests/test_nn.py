@@ -19,6 +19,7 @@ from asr.nn import (
     LookAhead,
     Normalise,
     Recurrent,
+    RunningNormalise,
     StreamingLayer,
     StridedConvolution,
     UtteranceNormalise,
@@ -36,6 +37,7 @@ def streaming_layers() -> dict[str, StreamingLayer]:
     convolution.norm.running_variance.uniform_(0.5, 2)
     return {
         "normalise": Normalise(torch.randn(6), torch.rand(6)),
+        "running normalise": RunningNormalise(torch.randn(6), torch.rand(6), 20.0),
         "convolution": convolution,
         "convolution without stride": StridedConvolution(6, 5, 3, 1),
         "lstm": LSTM(6, 4),
@@ -74,8 +76,30 @@ def test_utterances_are_evened_out_by_their_levels() -> None:
     assert torch.allclose(louder, layer.scale * math.log(2), atol=1e-4)  # half of the time is nothing
     short = UtteranceNormalise(mean, variance, 400.0)(speech, torch.tensor([400]))[0]
     assert torch.allclose(short, (expected + Normalise(mean, variance)(speech, torch.tensor([400]))[0]) / 2)
-    with pytest.raises(ModelError, match="utterance_norm takes whole utterances"):
+    with pytest.raises(ModelError, match="takes whole utterances and cannot stream"):
         layer.initial_state(1)
+
+
+def test_a_stream_is_evened_out_by_what_was_heard_so_far() -> None:
+    """Soon a microphone has no effect; nor has a long silence before the first word, which stays more silent."""
+    torch.manual_seed(0)
+    mean, variance = torch.randn(6).double(), torch.rand(6).double() + 0.5
+    layer = RunningNormalise(mean, variance, 50.0)
+    speech = mean + 2 * torch.randn(1, 1200, 6).double()  # more than is computed at a time
+    lengths = torch.tensor([1200])
+    as_it_is, expected = Normalise(mean, variance)(speech, lengths)[0], layer(speech, lengths)[0]
+    assert torch.allclose(expected[:, 0], as_it_is[:, 0], atol=0.5)  # one frame tells next to nothing
+    microphone = torch.randn(6).double()
+    assert (layer(speech + microphone, lengths)[0] - expected)[:, 600:].abs().max() < 0.4 * microphone.abs().max()
+    silent = torch.cat([torch.full_like(speech[:, :600], -16.0), speech], dim=1)
+    late = layer(silent, torch.tensor([1800]))[0]
+    assert late[:, :600].mean() < late[:, 600:].mean() - 2
+    assert (late[:, 800:] - expected[:, 200:]).abs().max() < 0.3
+    pieces, state = [], layer.initial_state(1)
+    for piece in speech.split(7, dim=1):
+        y, state = layer.step(piece, state)
+        pieces.append(y)
+    assert torch.allclose(torch.cat(pieces, dim=1), expected)
 
 
 @settings(max_examples=30, deadline=None)

@@ -36,7 +36,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for bidirectional in (True, False):
         config = ModelConfig(
             bidirectional=bidirectional, channels=(12, 10), hidden=16, layers=2, look_ahead=0 if bidirectional else 3,
-            phone_output=True, utterance_norm=2.0 if bidirectional else 0.0,
+            phone_output=True, utterance_norm=2.0,
         )  # fmt: skip
         network = Network(
             NetworkConfig(format_version=1, features=FeatureConfig(bands=20), model=config),

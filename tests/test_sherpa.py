@@ -150,7 +150,7 @@ def tiny(bidirectional: bool = False, **model: Any) -> Network:
 @pytest.mark.parametrize(
     "model",
     [
-        {"look_ahead": 3},
+        {"look_ahead": 3, "utterance_norm": 1.0},
         {"look_ahead": 0},
         {"channels": (8,), "kernels": (5,), "strides": (3,)},  # five frames to every block
         {"channels": (8,), "kernels": (5,), "strides": (2,)},

@@ -2,7 +2,7 @@
 
 from asr.nn.attention import SelfAttention
 from asr.nn.cells import CELLS, Cell, initialise
-from asr.nn.convolution import LookAhead, Normalise, StridedConvolution, UtteranceNormalise
+from asr.nn.convolution import LookAhead, Normalise, RunningNormalise, StridedConvolution, UtteranceNormalise
 from asr.nn.layer import Chain, State, StreamingLayer, detach, windows
 from asr.nn.recurrent import LSTM, BiLSTM, cell_of
 from asr.nn.stack import Bidirectional, Recurrent, Stacked, stacked
@@ -17,6 +17,7 @@ __all__ = [
     "LookAhead",
     "Normalise",
     "Recurrent",
+    "RunningNormalise",
     "SelfAttention",
     "Stacked",
     "State",

@@ -11,6 +11,9 @@ from asr.nn.layer import State, StreamingLayer, valid, window_state, windows
 NO_POWER = 1e-10
 # The logarithm of speech's mean power lies so far above the mean of the logarithms: 0.2 to 4.8 in five corpora.
 LEVEL_ABOVE_MEAN = 3.5
+RUNNING_LEVEL_ABOVE_MEAN = 4.2  # likewise, where loud frames count for more
+LARGEST_RISE = 6.0  # of a level, 26 dB: silence is not to become as loud as speech
+MEMORY_FRAMES = 1000
 _RENORM_RATIO, _RENORM_SHIFT = 3.0, 5.0  # how far a batch may be from the running statistics, in deviations
 
 
@@ -67,7 +70,45 @@ class UtteranceNormalise(Normalise):
         return (x - self.mean - (share * (level - self.mean - LEVEL_ABOVE_MEAN))[:, None]) * self.scale, lengths
 
     def initial_state(self, batch_size: int) -> State:
-        raise ModelError("utterance_norm takes whole utterances and cannot stream; use the model's streaming network")
+        raise ModelError("this network takes whole utterances and cannot stream; use the model's streaming network")
+
+
+class RunningNormalise(Normalise):
+    """UtteranceNormalise for streams: the levels are those of what was heard so far.
+
+    A frame counts by the square root of its power: pauses hardly do, and at the first word after a long silence the
+    levels are again those of a few frames. What was heard 10 s ago counts e times less.
+
+    Args:
+        mean, variance, frames: as UtteranceNormalise's.
+    """
+
+    def __init__(self, mean: Tensor, variance: Tensor, frames: float) -> None:
+        super().__init__(mean, variance)
+        self.frames = frames
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        return self.step(x, self.initial_state(x.shape[0]))[0], lengths
+
+    def initial_state(self, batch_size: int) -> State:
+        return (self.mean.new_zeros(batch_size, len(self.mean) + 2),)
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        (sums,), outputs = state, [self._nothing(x.shape[0])]
+        for piece in x.split(MEMORY_FRAMES // 2, dim=1) if x.shape[1] else ():
+            power = piece.exp()
+            loudness = power.sum(dim=2, keepdim=True)
+            weight = loudness.sqrt()
+            age = torch.arange(1, piece.shape[1] + 1, device=x.device, dtype=x.dtype)[:, None] / MEMORY_FRAMES
+            counted = torch.cat([weight * power, weight, loudness], dim=2) * age.exp()
+            so_far = (sums[:, None] + counted.cumsum(dim=1)) * (-age).exp()
+            weights, squares = so_far[..., -2:].clamp(min=NO_POWER).split(1, dim=2)
+            count = weights.square() / squares  # of frames as loud as each other, that would tell as much
+            level = (so_far[..., :-2] / weights).clamp(min=NO_POWER).log()
+            differs = (level - self.mean - RUNNING_LEVEL_ABOVE_MEAN).clamp(min=-LARGEST_RISE)
+            outputs.append((piece - self.mean - count / (count + self.frames) * differs) * self.scale)
+            sums = so_far[:, -1]
+        return torch.cat(outputs, dim=1), (sums,)
 
 
 class StridedConvolution(StreamingLayer):

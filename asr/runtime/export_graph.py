@@ -21,9 +21,18 @@ from torch import Tensor, nn
 from asr.errors import ModelError
 from asr.features import FLOOR, LogMel
 from asr.models import FORMAT_VERSION, Network, Output
-from asr.nn import LSTM, BiLSTM, LookAhead, Normalise, StreamingLayer, StridedConvolution, UtteranceNormalise
+from asr.nn import (
+    LSTM,
+    BiLSTM,
+    LookAhead,
+    Normalise,
+    RunningNormalise,
+    StreamingLayer,
+    StridedConvolution,
+    UtteranceNormalise,
+)
 from asr.nn.attention import SelfAttention
-from asr.nn.convolution import LEVEL_ABOVE_MEAN, NO_POWER
+from asr.nn.convolution import LARGEST_RISE, LEVEL_ABOVE_MEAN, MEMORY_FRAMES, NO_POWER, RUNNING_LEVEL_ABOVE_MEAN
 from asr.nn.stack import Bidirectional, Recurrent, Stacked
 from asr.runtime.export_cells import run_cell
 
@@ -234,11 +243,51 @@ class GraphBuilder:
         return self.op("Mul", self.op("Sub", x, self.constant(layer.mean)), self.constant(layer.scale))
 
     @add.register
-    def _(self, layer: UtteranceNormalise, x: str) -> str:
-        def number(value: float) -> str:
-            return self.constant(np.array(value, np.float32))
+    def _(self, layer: RunningNormalise, x: str) -> str:
+        bands = len(layer.mean)
+        power = self.op("Exp", x)
+        loudness = self.op("ReduceSum", power, self.ints([2]), keepdims=1)
+        weight = self.op("Sqrt", loudness)
+        counted = self.op("Concat", self.op("Mul", weight, power), weight, loudness, axis=2)
+        old, new = self.state([bands + 2])
+        # frame by frame, so that blocks of any size give the same bits
+        body = self.leaky_sum(math.exp(-1 / MEMORY_FRAMES))
+        axes = {"scan_input_axes": [1], "scan_output_axes": [1]}
+        self.op("Scan", old, counted, name=new, outputs=2, num_scan_inputs=1, body=body, **axes)
+        so_far = f"{new}_1"
+        least = self.number(NO_POWER)
+        weights, squares = (self.op("Max", self.cut(so_far, 2, i, i + 1), least) for i in (bands, bands + 1))
+        count = self.op("Div", self.op("Mul", weights, weights), squares)
+        level = self.op("Log", self.op("Max", self.op("Div", self.cut(so_far, 2, 0, bands), weights), least))
+        differs = self.op("Sub", level, self.constant(layer.mean + RUNNING_LEVEL_ABOVE_MEAN))
+        differs = self.op("Max", differs, self.number(-LARGEST_RISE))
+        return self.evened(layer, x, count, differs)
 
-        frames = self.op("Mul", self.op("Cast", self.lengths, to=TensorProto.FLOAT), number(layer.whole))
+    def leaky_sum(self, kept: float) -> onnx.GraphProto:
+        """The body of a Scan: what was summed up, times `kept`, and the next row."""
+        factor = self.number(kept)
+        outside, self.nodes = self.nodes, []
+        total = self.op("Add", self.op("Mul", "sum_before", factor), "sum_next")
+        self.op("Identity", total, name=f"{total}_shown")
+        inside, self.nodes = self.nodes, outside
+        infos = [
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
+            for names in (["sum_before", "sum_next"], [total, f"{total}_shown"])
+        ]
+        return helper.make_graph(inside, "leaky_sum", infos[0], infos[1])
+
+    def number(self, value: float) -> str:
+        return self.constant(np.array(value, np.float32))
+
+    def evened(self, layer: RunningNormalise | UtteranceNormalise, x: str, count: str, differs: str) -> str:
+        """x, normalised, without the share of what its levels differ by that so many frames can tell."""
+        share = self.op("Div", count, self.op("Add", count, self.number(layer.frames)))
+        x = self.op("Sub", self.op("Sub", x, self.constant(layer.mean)), self.op("Mul", share, differs))
+        return self.op("Mul", x, self.constant(layer.scale))
+
+    @add.register
+    def _(self, layer: UtteranceNormalise, x: str) -> str:
+        frames = self.op("Mul", self.op("Cast", self.lengths, to=TensorProto.FLOAT), self.number(layer.whole))
         frames = self.op("Reshape", frames, self.ints([-1, 1, 1]))
         time = self.op("Squeeze", self.op("Shape", x, start=1, end=2), self.ints([0]))
         place = self.op("Range", self.constant(np.array(0)), time, self.constant(np.array(1)))
@@ -246,12 +295,10 @@ class GraphBuilder:
         counts = self.op("Cast", self.op("Less", place, frames), to=TensorProto.FLOAT)
         # a product, whose sum, unlike ReduceSum's, is bit for bit the same beside a longer utterance
         power = self.op("MatMul", counts, self.op("Exp", x))
-        count = self.op("Max", frames, number(1.0))
-        level = self.op("Log", self.op("Max", self.op("Div", power, count), number(NO_POWER)))
-        share = self.op("Div", count, self.op("Add", count, number(layer.frames)))
+        count = self.op("Max", frames, self.number(1.0))
+        level = self.op("Log", self.op("Max", self.op("Div", power, count), self.number(NO_POWER)))
         differs = self.op("Sub", level, self.constant(layer.mean + LEVEL_ABOVE_MEAN))
-        x = self.op("Sub", self.op("Sub", x, self.constant(layer.mean)), self.op("Mul", share, differs))
-        return self.op("Mul", x, self.constant(layer.scale))
+        return self.evened(layer, x, count, differs)
 
     @add.register
     def _(self, layer: StridedConvolution, x: str) -> str:

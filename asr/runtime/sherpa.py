@@ -169,9 +169,6 @@ class _StreamingGraph(GraphBuilder):
         rest = self.op("Mul", rest, self.number(_HALF_STEP))
         self.op("Concat", first, self.op("Cast", rest, to=TensorProto.FLOAT16), axis=1, name="next_state")
 
-    def number(self, value: float) -> str:
-        return self.constant(np.array(value, np.float32))
-
     def state(self, shape: list[int]) -> tuple[str, str]:
         """A state is a piece of the packed one."""
         count = int(np.prod(shape))
