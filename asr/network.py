@@ -1,12 +1,12 @@
 """One network of a model with its vocabulary, and what it says of audio: segments, transcripts."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from asr.errors import ModelError
 from asr.runtime import OfflineEngine, StreamingEngine
 from asr.text import Tokenizer
 
+T = TypeVar("T")
+R = TypeVar("R")
 BATCH_ROWS = 16
 _BATCH_SAMPLES = 120 * SAMPLE_RATE  # of a batch, padding included
 _EDGE = np.zeros(round(EDGE_SILENCE_SECONDS * SAMPLE_RATE), np.float32)
@@ -133,13 +135,16 @@ class Network:
         """What each utterance, float32 (n,) at 16 kHz, may say to an offline network; those of like length are read
         together."""
         order = sorted(range(len(audios)), key=lambda i: len(audios[i]))
-        hypotheses: list[list[Hypothesis]] = [[] for _ in audios]
+        batches: list[list[int]] = []
         while order:
             longest = len(audios[order[-1]]) + 2 * len(_EDGE)
             rows = max(1, min(BATCH_ROWS, _BATCH_SAMPLES // longest))
-            chosen, order = order[-rows:], order[:-rows]
-            padded = [np.concatenate([_EDGE, audios[i], _EDGE]) for i in chosen]
-            for i, log_probs in zip(chosen, self.engine.log_probs(padded), strict=True):
+            batches.append(order[-rows:])
+            del order[-rows:]
+        padded = [[np.concatenate([_EDGE, audios[i], _EDGE]) for i in batch] for batch in batches]
+        hypotheses: list[list[Hypothesis]] = [[] for _ in audios]
+        for batch, found in zip(batches, _one_ahead(self.engine.log_probs, padded), strict=True):
+            for i, log_probs in zip(batch, found, strict=True):
                 decoder = self.decoder()
                 decoder.accept(log_probs)
                 hypotheses[i] = decoder.finish()
@@ -179,6 +184,20 @@ class Network:
             words=tuple(words),
             alternatives=tuple(texts) if len(texts) > 1 else (),
         )
+
+
+def _one_ahead(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """What `work` makes of each item, in order; of the next one, meanwhile, while the caller has the last."""
+    if len(items) < 2:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(1, "asr-ahead") as thread:
+        first, *others = items
+        waiting = thread.submit(work, first)
+        for item in others:
+            made, waiting = waiting, thread.submit(work, item)
+            yield made.result()
+        yield waiting.result()
 
 
 def transcript_of(segments: Iterable[Segment | None], duration: float) -> Transcript:
