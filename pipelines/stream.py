@@ -81,11 +81,17 @@ class PipeSource:
         self._pipe = pipe or sys.stdin.buffer
 
     def blocks(self) -> Generator[Block, None, None]:
-        """Blocks of a tenth of a second, until the pipe ends."""
-        size = 2 * round(_BLOCK_SECONDS * self.sample_rate)
-        while data := self._pipe.read(size):
-            samples = np.frombuffer(data, "<i2", len(data) // 2)
+        """Blocks of a tenth of a second, until the pipe ends.
+
+        Raises:
+            AsrError: it ends before the first sample.
+        """
+        size, heard = 2 * round(_BLOCK_SECONDS * self.sample_rate), False
+        while len(data := self._pipe.read(size)) > 1:
+            samples, heard = np.frombuffer(data, "<i2", len(data) // 2), True
             yield Block(samples=to_float(samples.astype(np.int16)), captured=time.monotonic())
+        if not heard:
+            raise AsrError("no sample came through the pipe; did what feeds it start?")
 
 
 class MicrophoneSource:

@@ -162,6 +162,8 @@ def test_samples_from_a_pipe_are_those_of_a_file(two_segments: Path) -> None:
     transcript, timing, _ = stream(piped, ToyOptions(), Recorded())
     assert transcript.text == stream(FileSource(two_segments), ToyOptions(), Recorded())[0].text
     assert timing.audio_seconds == pytest.approx(len(samples) / rate)
+    with pytest.raises(AsrError, match="no sample came through the pipe"):
+        stream(PipeSource(rate, io.BytesIO(b"")), ToyOptions(), Recorded())
 
 
 def test_realtime_takes_as_long_as_the_speech(tmp_path: Path) -> None:
