@@ -318,12 +318,12 @@ def test_a_wav_of_zeros_is_refused_at_once(tmp_path):
     refusal(path)
 
 
-@pytest.mark.parametrize(("format", "most"), [("AU", 0.99), ("NIST", 0.99)])
-def test_other_formats_are_held_to_what_they_declare(tmp_path, format, most):
+@pytest.mark.parametrize("format", ["AU", "NIST"])
+def test_other_formats_are_held_to_what_they_declare(tmp_path, format):
     path = tmp_path / "a.sph"
     soundfile.write(path, noise(2.0), 16_000, format=format)
     assert len(read_audio(path)) == 32_000
-    path.write_bytes(path.read_bytes()[: round(most * path.stat().st_size)])
+    path.write_bytes(path.read_bytes()[: round(0.99 * path.stat().st_size)])
     assert "truncated" in refusal(path)
 
 

@@ -376,8 +376,11 @@ class Trainer:
                 ways["its mean with init_from"] = [best, Path(self.config.init_from) / _WEIGHTS]
         scores: dict[str, float] = {}
         for name, files in ways.items():
-            self._take_mean(files)
-            scores[name] = self._score().get("cer", 0.0)
+            if files == [best]:
+                scores[name] = self.progress["best"]  # scored at its end
+            else:
+                self._take_mean(files)
+                scores[name] = self._score().get("cer", 0.0)
         kept = min(scores, key=lambda name: scores[name])
         self._take_mean(ways[kept])
         told = ", ".join(f"of {name} {cer:.1%}" for name, cer in scores.items())
