@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_training import row, tone_config
+from tones import row, tone_config
 
 from asr.config import FeatureConfig
 from asr.errors import ConfigError

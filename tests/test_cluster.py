@@ -17,7 +17,7 @@ import pytest
 import soundfile
 import yaml
 from jobs import REPOSITORY, ray_folder, wait_until
-from test_training import WORDS, changed, log_rows, losses, tone_config, write_corpus
+from tones import WORDS, changed, log_rows, losses, tone_config, write_corpus
 
 from asr.config import TrainConfig, to_toml
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 from jobs import ray_folder
-from test_training import losses, tone_config, write_corpus
+from tones import losses, tone_config, write_corpus
 
 from asr.errors import AsrError, ConfigError
 from asr.metrics import count_errors

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from test_training import write_corpus
+from tones import write_corpus
 
 from asr.lexicon import phones_of
 from asr.training.data import Corpus

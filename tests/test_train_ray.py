@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from jobs import REPOSITORY, ray_folder, wait_until, workers_of
-from test_training import log_rows, losses, tone_config, write_corpus
+from tones import log_rows, losses, tone_config, write_corpus
 
 from asr.config import TrainConfig, to_toml
 

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="needs the extra [train] to make a n
 pytest.importorskip("onnx", reason="needs the extra [train] to export a network")
 
 from test_endpoint import RATE, noise, speech  # noqa: E402
-from test_training import log_rows, tone_config, write_corpus  # noqa: E402
+from tones import log_rows, tone_config, write_corpus  # noqa: E402
 from torchaudio.functional import rnnt_loss  # noqa: E402
 
 from asr.config import AugmentConfig, FeatureConfig, ModelConfig, NetworkConfig, TrainConfig  # noqa: E402
