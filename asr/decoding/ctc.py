@@ -10,6 +10,8 @@ import numpy as np
 from asr.decoding import TokenSpan
 
 _BLANK = 0
+_LEAST = -40.0  # log-probabilities below are taken for it: so many frames' product is a number yet
+_SCALED = 8  # frames
 
 
 def log_likelihoods(log_probs: np.ndarray, sequences: Sequence[Sequence[int]]) -> np.ndarray:
@@ -25,26 +27,29 @@ def log_likelihoods(log_probs: np.ndarray, sequences: Sequence[Sequence[int]]) -
     labels, skips = _states(sequences)
     size = labels.shape[1]
     ends = 2 * np.array([len(sequence) for sequence in sequences], np.int64)
-    inside = np.arange(size) <= ends[:, None]
-    probabilities = np.exp(log_probs, dtype=np.float64)
+    labels[np.arange(size) > ends[:, None]] = log_probs.shape[1]  # behind an end: a label without probability
+    probabilities = np.zeros((len(log_probs), log_probs.shape[1] + 1))
+    probabilities[:, :-1] = np.exp(np.maximum(log_probs, _LEAST), dtype=np.float64)
+    may_skip = skips.astype(np.float64)
 
-    # Probabilities, with their sum set to 1 after each frame, cost a fifth of logarithms.
+    # Probabilities, with their sum set to 1 every few frames, cost a tenth of logarithms.
     alpha = np.zeros((len(sequences), size + 2))  # two states before the first that are never entered
     alpha[:, 2] = 1.0
     if size > 1:
         alpha[:, 3] = 1.0
     total = np.zeros(len(sequences))
+    skipped = np.empty((len(sequences), size))
     for t, frame in enumerate(probabilities):
-        now = alpha[:, 2:].copy()
         if t:
-            now += alpha[:, 1:-1]
-            now += alpha[:, :-2] * skips
-        now *= frame[labels]
-        now *= inside
-        sums = now.sum(axis=1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            total += np.log(sums)
-            alpha[:, 2:] = np.where(sums[:, None] > 0, now / sums[:, None], 0.0)
+            np.multiply(alpha[:, :-2], may_skip, out=skipped)
+            skipped += alpha[:, 1:-1]
+            alpha[:, 2:] += skipped
+        alpha[:, 2:] *= frame[labels]
+        if t % _SCALED == _SCALED - 1:
+            sums = alpha.sum(axis=1)
+            with np.errstate(divide="ignore"):
+                total += np.log(sums)
+            alpha /= np.where(sums > 0, sums, 1.0)[:, None]
     rows = np.arange(len(sequences))
     last = alpha[rows, ends + 2] + np.where(ends > 0, alpha[rows, ends + 1], 0.0)
     if not len(probabilities):

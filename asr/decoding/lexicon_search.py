@@ -12,9 +12,12 @@ from asr.decoding.language_model import Scorer
 
 BLANK = 0
 IMPOSSIBLE = -1e4  # instead of minus infinity, where a pronunciation has more phones than there are frames
-THRESHOLD = 18.0  # hypotheses so far (natural log) behind the best are dropped
+# Hypotheses so far (natural log) behind the best are dropped; where the beam was full at the frame before, those that
+# are further than its last one was, and some more (Kaldi's adaptive beam).
+THRESHOLD, SLACK = 18.0, 0.5
 SURE = 4.0  # a blank so much (natural log) likelier than any label, priors taken off, is all that there is to a frame
 LIKELIEST = 10  # labels that are tried at a frame: a third of the work, and no more errors (docs/trials.md)
+SURPRISE = 1.5  # base 10: words that would be dropped though a context made them so much likelier are not looked up
 _NONE = -1
 
 
@@ -74,6 +77,8 @@ class Lexicon:
         self.first_child = np.cumsum(self.children) - self.children + 1  # nodes stand in the order of their parents
         order = np.argsort(node, kind="stable")
         self.word, self.words = words[order], np.bincount(node, minlength=count)
+        self.own = lm_weight * scores[self.word]
+        self.surprise = lm_weight * SURPRISE + word_score  # what a word brings at the most, beside its own score
         self.first_word = np.cumsum(self.words) - self.words
 
 
@@ -100,6 +105,13 @@ class _Frame(NamedTuple):
     text: np.ndarray
     other: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
+    def step(self, i: int) -> tuple[int, int, list[tuple[int, int, float]]]:
+        """What led to a hypothesis: which one it was, the word that ended, and those that gave way to it."""
+        to, came, word, lost = self.other
+        mine = np.flatnonzero(to == i)
+        others = list(zip(came[mine].tolist(), word[mine].tolist(), lost[mine].tolist(), strict=True))
+        return int(self.old[i]), int(self.word[i]), others
+
 
 class Running:
     """A search in the middle of a segment.
@@ -115,6 +127,7 @@ class Running:
         self._state, self._last = np.array([scorer.start]), np.array([BLANK])
         self._frames: list[_Frame] = []
         self._text = np.zeros(1, np.int64)  # of each hypothesis, a number for its words so far
+        self._width = THRESHOLD  # of the next frame's beam, at the most
         self._above, self._ended = np.array([_NONE]), np.array([_NONE])  # that of all but the last word, and that word
         self._texts: dict[tuple[int, int], int] = {}  # the number of a text and one more word
 
@@ -129,39 +142,42 @@ class Running:
             blanks, none = np.full(len(score), BLANK), np.full(len(score), _NONE)
             self._keep(np.arange(len(score)), blanks, score + frame[BLANK], node, state, none)
             return
-        # a next label: not the last one, which would need a blank between; and not one that is hardly heard
-        least = np.partition(frame, -LIKELIEST)[-LIKELIEST] if len(frame) > LIKELIEST else -np.inf
-        whose, child = ranges(lexicon.first_child[node], lexicon.children[node])
-        label = lexicon.label[child]
-        heard = np.flatnonzero((frame[label] >= least) & (label != last[whose]))
-        whose, child, label = whose[heard], child[heard], label[heard]
-        base = score[whose] + frame[label] - lexicon.best[node[whose]]
-        inner = np.flatnonzero(lexicon.children[child])
-        # and the words that end there
-        of, place = ranges(lexicon.first_word[child], lexicon.words[child])
-        word = lexicon.word[place]
-        said, after = self._scorer.step(state[whose[of]], word)
         # the same label goes on; or a blank; or, between words, a silence
-        same, everyone = np.flatnonzero(last != BLANK), np.arange(len(score))
+        same = np.flatnonzero(last != BLANK)
         still = np.flatnonzero((node == 0) & (last != lexicon.silence)) if lexicon.silence is not None else same[:0]
         silence = lexicon.silence or BLANK
+        again, blank, paused = score[same] + frame[last[same]], score + frame[BLANK], score[still] + frame[silence]
+        floor = max(again.max(initial=-np.inf), blank.max()) - self._width  # what is below will be dropped
+        # a next label: not the last one, which would need a blank between; and not one that is hardly heard
+        least = np.partition(frame, -LIKELIEST)[-LIKELIEST] if len(frame) > LIKELIEST else -np.inf
+        heard = np.where(frame >= least, frame, -np.inf)
+        whose, child = ranges(lexicon.first_child[node], lexicon.children[node])
+        label = lexicon.label[child]
+        base = score[whose] + heard[label]
+        near = np.flatnonzero((base > floor) & (label != last[whose]))
+        whose, child, label, base = whose[near], child[near], label[near], base[near] - lexicon.best[node[whose[near]]]
+        ahead = base + lexicon.best[child]
+        inner = np.flatnonzero(lexicon.children[child])
+        floor = max(floor, ahead[inner].max(initial=-np.inf) - self._width)
+        inner = inner[ahead[inner] > floor]
+        # and the words that end there
+        ends = np.flatnonzero(ahead + lexicon.surprise > floor)
+        of, place = ranges(lexicon.first_word[child[ends]], lexicon.words[child[ends]])
+        hopeful = np.flatnonzero(base[ends[of]] + lexicon.own[place] + lexicon.surprise > floor)
+        of, word = ends[of[hopeful]], lexicon.word[place[hopeful]]
+        said, after = self._scorer.step(state[whose[of]], word)
+        everyone = np.arange(len(score))
 
         old = np.concatenate([whose[inner], whose[of], same, everyone, still])
         labels = np.concatenate(
             [label[inner], label[of], last[same], np.full(len(everyone), BLANK), np.full(len(still), silence)]
         )
         scores = np.concatenate(
-            [
-                base[inner] + lexicon.best[child[inner]],
-                base[of] + lexicon.lm_weight * said + lexicon.word_score,
-                score[same] + frame[last[same]],
-                score + frame[BLANK],
-                score[still] + frame[silence],
-            ]
+            [ahead[inner], base[of] + lexicon.lm_weight * said + lexicon.word_score, again, blank, paused]
         )
         nodes, states, words = node[old], state[old], np.full(len(old), _NONE)
-        ends = slice(len(inner), len(inner) + len(of))
-        nodes[: len(inner)], nodes[ends], states[ends], words[ends] = child[inner], 0, after, word
+        ended = slice(len(inner), len(inner) + len(of))
+        nodes[: len(inner)], nodes[ended], states[ended], words[ended] = child[inner], 0, after, word
         self._keep(old, labels, scores, nodes, states, words)
 
     def _keep(
@@ -174,18 +190,25 @@ class Running:
         words: np.ndarray,
     ) -> None:
         """Of what the hypotheses became at a frame, keep the best; `old` tells which one each was (see _Frame)."""
-        near = np.flatnonzero(scores > scores.max() - THRESHOLD)
+        near = np.flatnonzero(scores > scores.max() - self._width)
         near = near[np.argsort(-scores[near], kind="stable")]
-        _, first, group = np.unique(
-            _keys(states[near], nodes[near], labels[near]), return_index=True, return_inverse=True
-        )
+        # sorted by what they are and, those alike, by their scores
+        count = len(near)
+        keys = _keys(count, states[near], nodes[near], labels[near])
+        keys *= count
+        keys += np.arange(count)
+        keys.sort()
+        alike, rank = np.divmod(keys, count)
+        leads = np.append(True, alike[1:] != alike[:-1])
+        first = rank[leads]
+        winner = np.empty(count, np.int64)
+        winner[rank] = first[np.cumsum(leads) - 1]
         best = np.sort(first)[: self._lexicon.beam]  # of those alike, the best; of them all, the best ones
         kept = near[best]
         # those that gave way, and say something else
         goes_on = words[near] == _NONE
         above = np.where(goes_on, self._above[old[near]], self._text[old[near]])
         ended = np.where(goes_on, self._ended[old[near]], words[near])
-        winner = first[group]
         differ = (above != above[winner]) | (ended != ended[winner])
         other = np.flatnonzero(differ & (winner <= best[-1]))
         lost, to = near[other], np.searchsorted(best, winner[other])
@@ -195,6 +218,8 @@ class Running:
             text[i] = self._texts.setdefault((int(text[i]), int(words[kept[i]])), len(self._texts) + 1)
         self._above, self._ended = above[best], ended[best]
         self._score, self._node, self._state, self._last = scores[kept], nodes[kept], states[kept], labels[kept]
+        full = len(kept) == self._lexicon.beam
+        self._width = min(THRESHOLD, self._score[0] - self._score[-1] + SLACK) if full else THRESHOLD
         self._text = text
         came, label, word, text = (part.astype(np.int32) for part in (old[kept], labels[kept], words[kept], text))
         self._frames.append(_Frame(came, label, word, text, others))
@@ -226,40 +251,27 @@ class Running:
         ways: list[tuple[float, int, int, tuple[int, ...]]]
         ways = [(-score, len(self._frames), i, ()) for i, score in zip(at.tolist(), scores.tolist(), strict=True)]
         heapq.heapify(ways)
-        frames = [_Lists.of(frame) for frame in self._frames]
-        found: dict[tuple[int, ...], Found] = {}
         seen: set[tuple[int, tuple[int, ...]]] = set()
+        found: dict[tuple[int, ...], Found] = {}
+        steps: dict[tuple[int, int], tuple[int, int, list[tuple[int, int, float]]]] = {}
         while ways and len(found) < most:
             less, t, i, words = heapq.heappop(ways)
-            said = (frames[t - 1].text[i] if t else 0, words)
+            said = (int(self._frames[t - 1].text[i]) if t else 0, words)
             if said in seen:
                 continue
             seen.add(said)
             while t:
                 t -= 1
-                old, word, _, others = frames[t]
-                for came, ended, lost in others.get(i, ()):
+                step = steps.get((t, i))
+                if step is None:
+                    step = steps[t, i] = self._frames[t].step(i)
+                old, word, others = step
+                for came, ended, lost in others:
                     heapq.heappush(ways, (less + lost, t, came, words if ended == _NONE else (ended, *words)))
-                words = words if word[i] == _NONE else (word[i], *words)
-                i = old[i]
+                words = words if word == _NONE else (word, *words)
+                i = old
             found.setdefault(words, Found(words, -less))
         return list(found.values())
-
-
-class _Lists(NamedTuple):
-    """A _Frame for a walk of single steps."""
-
-    old: list[int]
-    word: list[int]
-    text: list[int]
-    others: dict[int, list[tuple[int, int, float]]]
-
-    @classmethod
-    def of(cls, frame: _Frame) -> "_Lists":
-        others: dict[int, list[tuple[int, int, float]]] = {}
-        for to, came, ended, lost in zip(*(part.tolist() for part in frame.other), strict=True):
-            others.setdefault(to, []).append((came, ended, lost))
-        return cls(frame.old.tolist(), frame.word.tolist(), frame.text.tolist(), others)
 
 
 def ranges(first: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -268,12 +280,12 @@ def ranges(first: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return whose, np.arange(len(whose)) + (first - (np.cumsum(count) - count))[whose]
 
 
-def _keys(*parts: np.ndarray) -> np.ndarray:
-    """Numbers that are equal where all parts (n,) are."""
+def _keys(count: int, *parts: np.ndarray) -> np.ndarray:
+    """Numbers below 2 ** 63 / `count` that are equal where all parts (n,) are."""
     keys = parts[0]
     for part in parts[1:]:
-        size = int(part.max(initial=0)) + 1
-        if int(keys.max(initial=0)) > np.iinfo(np.int64).max // size - 1:
+        size = int(part.max()) + 1
+        if int(keys.max()) > np.iinfo(np.int64).max // (size * count) - 1:
             keys = np.unique(keys, return_inverse=True)[1].reshape(-1)
         keys = keys * size + part
     return keys

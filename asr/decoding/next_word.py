@@ -125,10 +125,12 @@ class TextScorer:
         at = np.zeros(len(texts), np.int64)  # of each one's beginning, among those that differ
         h = c = np.zeros((1, len(self._u)), np.float32)
         read, count = np.array([END_ID]), 0
+        known = np.unique(np.append(words, END_ID))
+        inputs = self._embedding[known] @ self._w + self._b
         outputs: list[np.ndarray] = []  # after each beginning
         asked: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # which text, after which beginning, what word
         for depth, wanted in enumerate(words.T):
-            h, c = lstm_step(self._embedding[read] @ self._w + h @ self._u + self._b, c)
+            h, c = lstm_step(inputs[np.searchsorted(known, read)] + h @ self._u, c)
             outputs.append(h @ self._narrow)
             asked.append((rows, count + at, wanted[rows]))
             count += len(h)
