@@ -41,7 +41,10 @@ def decode_all(parts: Sequence[Part]) -> Iterator[np.ndarray | AudioError]:
     Raises:
         AsrError: the process cannot be started.
     """
+    global _busy
+    assert not _busy, "decode_all is not done with the parts before: their samples would be taken for these"
     sent = done = crashes = 0
+    _busy = True
     try:
         while done < len(parts):
             child = _running()
@@ -61,6 +64,7 @@ def decode_all(parts: Sequence[Part]) -> Iterator[np.ndarray | AudioError]:
             done, crashes = done + 1, 0
             yield decoded
     finally:
+        _busy = False
         if sent > done:  # left early: nobody will fetch the answer
             stop_decoder()
 
@@ -114,6 +118,7 @@ class _Child:
 
 
 _child: _Child | None = None
+_busy = False
 
 
 def _running() -> _Child:

@@ -42,6 +42,12 @@ def is_manifest(path: Path) -> bool:
     return path.name == "wav.scp" or path.name.lower().endswith(MANIFEST_SUFFIXES)
 
 
+def manifest_name(path: Path) -> str:
+    """A manifest's name without what tells that it is one."""
+    suffixes = (suffix for suffix in (*MANIFEST_SUFFIXES, ".scp") if path.name.lower().endswith(suffix))
+    return path.name[: -len(max(suffixes, key=len, default=""))] or path.name
+
+
 def row_seconds(row: Utterance) -> float:
     """What the row says of its length, or a guess."""
     return row.duration if row.duration is not None else _ASSUMED_SECONDS
@@ -73,13 +79,16 @@ def recognize_rows(
     """
     found: dict[int, Transcript | str] = {}
     short: dict[int, np.ndarray] = {}
+    long: list[int] = []
     for i, samples in enumerate(decode([_start_of(row) for row in rows])):
         if isinstance(samples, AudioError):
             found[i] = str(samples)
         elif len(samples) <= _LONGEST_SECONDS * SAMPLE_RATE:
             short[i] = samples
         else:
-            found[i] = _recognize_long(recognizer, rows[i], network, decode)
+            long.append(i)
+    for i in long:  # not meanwhile: they are decoded anew
+        found[i] = _recognize_long(recognizer, rows[i], network, decode)
     transcripts = recognizer.transcribe_batch(list(short.values()), network)
     found.update(zip(short, transcripts, strict=True))
     return [
@@ -121,8 +130,8 @@ def _recognize_long(
 class PredictionFile:
     """The predictions of one manifest, which grow in order, so that a job that was killed goes on after them.
 
-    Until it is complete the file has another name, which tells rows and settings apart. A row that could not be
-    recognized has an empty `pred_text` and the reason as `error`.
+    Until it is complete the file has another name, which tells rows and settings apart. A complete one that is newer
+    than the manifest is kept. A row that could not be recognized has an empty `pred_text` and the reason as `error`.
 
     Args:
         manifest: a file that `asr.manifest.read_manifest` knows.
@@ -137,7 +146,7 @@ class PredictionFile:
 
     Raises:
         ManifestError: the manifest cannot be read.
-        AsrError: the file cannot be written.
+        AsrError: the file cannot be written, or holds the predictions of other rows.
     """
 
     def __init__(self, manifest: Path, target: Path | None, settings: str, *, overwrite: bool) -> None:
@@ -155,8 +164,12 @@ class PredictionFile:
                 if overwrite or stale != self._part:
                     stale.unlink()
             if not overwrite and _is_newer(target, manifest):
+                if not _is_of(target, rows):
+                    raise AsrError(
+                        f"{target}: holds the predictions of other rows than those of {manifest}; use another output "
+                        "folder, or --overwrite"
+                    )
                 self._keep(target)
-                self.batches = []
             elif self._part.exists():
                 size = self._keep(self._part)
                 with open(self._part, "r+b") as file:
@@ -191,7 +204,7 @@ class PredictionFile:
                 with _writing(self.target), open(self._part, "ab") as file:
                     file.write("".join(lines).encode("utf-8", "surrogateescape"))
             yield from zip(rows, predictions, lines, strict=True)
-        if self.target is not None and self.batches:
+        if self.target is not None and self._part.exists():
             with _writing(self.target):
                 os.replace(self._part, self.target)
 
@@ -236,6 +249,17 @@ def _known_fields(row: Utterance) -> dict:
         "speaker": row.speaker,
     }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _is_of(target: Path, rows: Sequence[Utterance]) -> bool:
+    """Whether a file of predictions is of these rows, all of them, in this order."""
+    with open(target, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        try:
+            told = [json.loads(line) for line in file]
+            places = [(line["audio_filepath"], float(line.get("offset") or 0)) for line in told]
+            return places == [(row.audio, row.offset or 0.0) for row in rows]
+        except (ValueError, KeyError, TypeError, AttributeError):  # cut off, or changed by hand
+            return False
 
 
 def _is_newer(target: Path, manifest: Path) -> bool:

@@ -13,7 +13,7 @@ from asr.manifest import RECORDINGS, Utterance
 from pipelines.decoder import Decode, decode_all, decode_here
 from pipelines.formats import render, render_among_many, write_text
 from pipelines.pool import map_in_order
-from pipelines.predictions import Prediction, PredictionFile, is_manifest, recognize_rows, row_seconds
+from pipelines.predictions import Prediction, PredictionFile, is_manifest, manifest_name, recognize_rows, row_seconds
 from pipelines.progress import meter
 
 if TYPE_CHECKING:
@@ -284,7 +284,7 @@ def _targets(manifests: Sequence[Path], output_dir: Path | None) -> list[Path | 
     """
     if output_dir is None:
         return [None] * len(manifests)
-    names = [f"{path.name.partition('.')[0] if path.name != 'wav.scp' else 'wav'}.pred.jsonl" for path in manifests]
+    names = [f"{manifest_name(path)}.pred.jsonl" for path in manifests]
     for name, count in Counter(names).items():
         if count > 1:
             rivals = " and ".join(str(path) for path, own in zip(manifests, names, strict=True) if own == name)

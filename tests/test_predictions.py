@@ -126,6 +126,44 @@ def test_a_long_row_is_cut_at_silences_and_loses_no_word(tmp_path: Path, told: b
     assert result.seconds == pytest.approx(len(audio) / RATE, abs=0.1)
 
 
+def test_a_long_row_between_others_takes_none_of_their_texts(tmp_path: Path) -> None:
+    said = ["one", "two three " * 60, "four", "five " * 100, "one"]
+    for i, text in enumerate(said):
+        write(tmp_path / f"{i}.wav", text.strip())
+    rows = [{"audio_filepath": f"{i}.wav"} for i in range(len(said))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results = list(transcribe([tmp_path / "rows.jsonl"], ToyOptions()))
+    texts = [json.loads(result.text)["pred_text"] for result in results]
+    assert [text.replace(" ", "") for text in texts] == [text.replace(" ", "") for text in said]
+
+
+def test_a_job_that_stopped_before_it_named_its_file_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = manifest_of(tmp_path, 3)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pipelines.predictions.os.replace", killed)
+        list(transcribe([manifest], ToyOptions(), output_dir=tmp_path / "out"))
+    results = list(transcribe([manifest], ToyOptions(), output_dir=tmp_path / "out"))
+    assert all(result.kept for result in results)
+    assert [row["pred_text"] for row in predictions(tmp_path / "out" / "test.pred.jsonl")] == list(WORDS[:3])
+
+
+def test_predictions_of_other_rows_are_not_taken_for_these(tmp_path: Path) -> None:
+    first, second = manifest_of(tmp_path / "a", 3), manifest_of(tmp_path / "b", 3)
+    list(transcribe([first], ToyOptions(), output_dir=tmp_path / "out"))
+    with pytest.raises(AsrError, match=r"other rows than those of .*b/test\.jsonl"):
+        list(transcribe([second], ToyOptions(), output_dir=tmp_path / "out"))
+    list(transcribe([second], ToyOptions(), output_dir=tmp_path / "out", overwrite=True))
+    told = predictions(tmp_path / "out" / "test.pred.jsonl")
+    assert [row["audio_filepath"] for row in told] == [str(tmp_path / f"b/audio/{word}.wav") for word in WORDS[:3]]
+    for name in ("dev.clean.jsonl", "dev.other.jsonl"):
+        list(transcribe([manifest_of(tmp_path / "a", 1, name)], ToyOptions(), output_dir=tmp_path / "out"))
+    assert {path.name for path in (tmp_path / "out").glob("dev*")} == {"dev.clean.pred.jsonl", "dev.other.pred.jsonl"}
+
+
 @pytest.mark.parametrize("after", [0, 1, 64, 100, 199])
 def test_a_job_that_stopped_goes_on_behind_what_it_finished(tmp_path: Path, after: int) -> None:
     manifest = manifest_of(tmp_path, 200)
