@@ -116,6 +116,8 @@ def _check(where: str, folder: Path, **fields: Any) -> Utterance:
         name = audio
     else:
         audio = os.path.normpath(_find(folder, audio))
+        if not _is_unicode(audio):
+            raise ManifestError("the name of its folder is not valid UTF-8; rename it")
         name = os.path.relpath(audio, folder) if Path(audio).is_relative_to(folder) else audio
     return Utterance(
         id=os.path.splitext(name)[0],

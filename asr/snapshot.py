@@ -1,8 +1,8 @@
 """Objects' state as bytes and back, without pickle: an .npz file of their arrays, the rest as JSON in it.
 
 What is kept of an object are its attributes: numbers, strings, arrays, containers, and objects in their turn, but for
-what its class names in `shared`. An object that is made anew, with the same arguments, takes them back: data makes
-no objects but those that the caller offers.
+what its class names in `shared`. An object that is made anew, with the same arguments, takes them back, and says by
+`check_restored`, if it has that, whether they can be its own: data makes no objects but those that the caller offers.
 """
 
 import contextlib
@@ -102,6 +102,8 @@ class Snapshot:
             raise ModelError(f"a saved {type(target).__name__} is of another version (it differs in {names})")
         for name, value in attributes.items():
             setattr(target, name, self._value(value, getattr(target, name), makers))
+        if hasattr(target, "check_restored"):
+            target.check_restored()  # type: ignore[attr-defined]
 
     def _value(self, node: Any, current: Any, makers: Mapping[str, Callable[..., Any]]) -> Any:
         if not isinstance(node, dict):

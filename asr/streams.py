@@ -5,7 +5,7 @@ import gc
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from time import monotonic, sleep
@@ -187,6 +187,21 @@ class Streams:
         self._ended = True
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException:  # a defect: nobody shall wait for what will never come
+            with self._lock:
+                self._closed = True
+                for stream in self._streams:
+                    stream.closed = True
+            for stream in self._streams:
+                stream._drop()
+            with contextlib.suppress(Empty):
+                while True:
+                    self._inbox.get_nowait()()
+            raise
+
+    def _serve(self) -> None:
         while not self._ended:
             try:
                 self._inbox.get(timeout=self._compute())()
@@ -213,17 +228,17 @@ class Streams:
             if group:
                 self._groups += 1
                 self._flying += len(group)
-                self._steppers.submit(self._step, [stream for stream, _ in group], joined([step for _, step in group]))
+                self._steppers.submit(self._step, *zip(*group, strict=True))
         return None
 
-    def _step(self, streams: "list[Stream]", step: Step) -> None:
+    def _step(self, streams: "Sequence[Stream]", steps: Sequence[Step]) -> None:
         try:
-            answer: Any = self._engine.step(*step)
+            answer: Any = self._engine.step(*joined(steps))
         except Exception as error:  # whatever it is, it is told to those whom it concerns
             answer = error
         self._inbox.put(lambda: self._hand_out(streams, answer))
 
-    def _hand_out(self, streams: "list[Stream]", answer: Any) -> None:
+    def _hand_out(self, streams: "Sequence[Stream]", answer: Any) -> None:
         self._groups -= 1
         self._flying -= len(streams)
         answers = [answer] * len(streams) if isinstance(answer, Exception) else parted(self._engine, *answer)

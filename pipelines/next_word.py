@@ -15,7 +15,7 @@ from asr.decoding.ngram import Perplexity, estimate
 from asr.decoding.ngram import perplexity as ngram_perplexity
 from asr.errors import ConfigError, TextError
 from asr.next_word import NextWord
-from asr.runtime.folder import NEXT_WORD_FOLDER, shipped_model
+from asr.runtime.folder import NETWORKS, NEXT_WORD_FOLDER, shipped_model
 from asr.text import normalize
 from asr.training.next_word import NextWordTraining, train_next_word
 from pipelines.formats import write_text
@@ -66,9 +66,14 @@ def train_network(
 
     Raises:
         ModelError: there is no model to start from.
-        ConfigError: there is no such cell, or what is in OUT was trained with other options.
+        ConfigError: there is no such cell, or OUT is a model whose search cannot read it, or what is there was trained
+            with other options.
         TextError: a text cannot be read, or is too short.
     """
+    if kind != "lstm" and any((out / name).is_dir() for name in NETWORKS):
+        raise ConfigError(
+            f"{out}: is a model, and its search reads --kind lstm alone; give another --out"
+        )
     lines = [line for path in texts for line in read_lines(path)]
     kept_back = math.ceil(len(lines) / _HELD_OUT)
     lines, held_out = lines[: len(lines) - kept_back], lines[len(lines) - kept_back :]

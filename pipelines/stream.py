@@ -1,6 +1,8 @@
 """`asr stream`: live audio, from a microphone, a pipe, or a file fed as if it were one, with its text."""
 
+import os
 import queue
+import select
 import signal
 import sys
 import threading
@@ -81,15 +83,21 @@ class PipeSource:
         self._pipe = pipe or sys.stdin.buffer
 
     def blocks(self) -> Generator[Block, None, None]:
-        """Blocks of a tenth of a second, until the pipe ends.
+        """Blocks of a tenth of a second, until the pipe ends; empty ones while nothing comes, so that Ctrl-C is heard.
 
         Raises:
             AsrError: it ends before the first sample.
         """
-        size, heard = 2 * round(_BLOCK_SECONDS * self.sample_rate), False
-        while len(data := self._pipe.read(size)) > 1:
-            samples, heard = np.frombuffer(data, "<i2", len(data) // 2), True
-            yield Block(samples=to_float(samples.astype(np.int16)), captured=time.monotonic())
+        size, held, heard, ended = 2 * round(_BLOCK_SECONDS * self.sample_rate), b"", False, False
+        while not ended:
+            if select.select([self._pipe], [], [], _BLOCK_SECONDS)[0]:
+                data = os.read(self._pipe.fileno(), size - len(held))
+                held, ended = held + data, not data
+            else:
+                yield Block(samples=np.zeros(0, np.float32), captured=time.monotonic())
+            if len(held) == size or (ended and len(held) > 1):
+                samples, held, heard = np.frombuffer(held, "<i2", len(held) // 2), b"", True
+                yield Block(samples=to_float(samples.astype(np.int16)), captured=time.monotonic())
         if not heard:
             raise AsrError("no sample came through the pipe; did what feeds it start?")
 

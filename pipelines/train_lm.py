@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import shutil
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from asr.decoding.ngram import Perplexity, estimate, perplexity, prune
 from asr.decoding.ngram_files import write_arpa, write_ngrams
 from asr.errors import AsrError, TextError
+from asr.files import replace_folder
 from asr.lexicon import known_words, write_pronunciations
 from asr.runtime.folder import LM_FILE, LM_FOLDER, LM_LEXICON
 from asr.text import normalize
@@ -87,8 +89,7 @@ def train_lm(
             "unknown": measured.unknown / max(measured.words + measured.unknown, 1),
         }
         write_text(unfinished / "lm.json", json.dumps(made_of, indent=2, ensure_ascii=False) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
+        replace_folder(unfinished, folder)
     except OSError as error:
         raise AsrError(f"{folder}: cannot be written ({error.strerror or error})") from error
     if arpa is not None:
@@ -115,6 +116,6 @@ def read_lines(path: Path) -> list[str]:
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             return [line for line in map(normalize, file) if line]
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise TextError(f"{path}: cannot be read as text ({reason})") from error

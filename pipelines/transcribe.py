@@ -252,6 +252,11 @@ def _tasks(found: list[tuple[Path, Path]], output_dir: Path | None, format: str)
     distinct = dict.fromkeys(found)
     without = Counter(short.with_suffix("") for _, short in distinct)
     whole = Counter(short for _, short in distinct)
+
+    def shortest(audio: Path, short: Path) -> Path:
+        stem = short.with_suffix("")
+        return stem if without[stem] == 1 and not whole[stem] else short if whole[short] == 1 else audio
+
     tasks: list[_Task] = []
     for audio, short in found:
         if whole[short] > 1 and output_dir is not None:
@@ -260,8 +265,7 @@ def _tasks(found: list[tuple[Path, Path]], output_dir: Path | None, format: str)
                 f"{rivals} would be written to one file in {output_dir}: name the folder that holds them "
                 "(its sub-folders are kept), or use two output folders"
             )
-        stem = short.with_suffix("")
-        name = stem if without[stem] == 1 else short if whole[short] == 1 else audio
+        name = shortest(audio, short)
         target = None if output_dir is None else output_dir / f"{name}.{format}"
         tasks.append(_Task(audio=audio, name=name.as_posix(), target=target))
     return tasks

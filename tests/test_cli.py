@@ -82,6 +82,8 @@ def test_recognizing_commands_load_nothing_of_training() -> None:
         ("transcribe", "a.wav", "--threads", "0"),
         ("transcribe", "a.jsonl", "--format", "srt"),
         ("evaluate", "a.jsonl", "--clips", "3"),
+        ("evaluate", "a.jsonl", "--clips", "3", "--report", "r.html", "--latency"),
+        ("evaluate", "a.jsonl", "--rule", "max_segment=9"),
         ("export", "-o", "m", "--to", "onnx", "--small"),
         ("inspect", "a.wav", "--duration", "0"),
         ("transcribe", "a.wav", "--rule", "vad=none"),

@@ -8,6 +8,7 @@ import pytest
 from onnx import numpy_helper
 from test_models import tiny_network
 
+from asr.decoding.calibration import CALIBRATION_FILE
 from asr.errors import ModelError
 from asr.models import save_network
 from asr.runtime.export import build_graph, check_speech, export_model, write_graphs
@@ -46,6 +47,20 @@ def test_an_int8_graph_that_rounds_too_much_is_refused(model: Path, monkeypatch:
     with pytest.raises(ModelError, match=r"\.int8\.onnx: not written, .* where 0\.1 is allowed"):
         export_model([model], model.parent / "out", "onnx-int8")
     assert not list((model.parent / "out").iterdir())
+
+
+def test_what_is_known_of_a_network_goes_with_it_and_a_failure_leaves_nothing(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = network_of(model).name
+    (model / kind / CALIBRATION_FILE).write_text("{}")
+    out = model.parent / "out"
+    export_model([model], out)
+    assert (out / kind / CALIBRATION_FILE).read_text() == "{}"
+    monkeypatch.setattr("asr.runtime.export.quantise", damaged)
+    with pytest.raises(ModelError, match="not written"):
+        export_model([model], out)
+    assert {path.name for path in model.parent.iterdir()} == {"model", "out"}
 
 
 def test_the_check_reads_the_speech_that_it_is_given(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

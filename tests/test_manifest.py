@@ -105,6 +105,13 @@ def test_bytes_that_are_not_utf8(tmp_path):
     assert str(problems[0]) == f"{path}:2: text is not valid UTF-8"
 
 
+def test_a_folder_whose_name_is_not_utf8_is_told(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/\xff"
+    os.mkdir(folder)
+    said = refusal(lines(Path(os.fsdecode(folder)) / "m.jsonl", '{"audio_filepath": "a.wav", "text": "a"}'))
+    assert "not valid UTF-8" in said
+
+
 def test_no_good_row(tmp_path):
     assert "m.jsonl:1: not JSON" in refusal(lines(tmp_path / "m.jsonl", "{", "{"))
     assert "no usable row" in refusal(lines(tmp_path / "empty.jsonl"))

@@ -250,5 +250,8 @@ def test_what_the_commands_refuse(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "lstn: no such cell; there are" in capsys.readouterr().err
     assert run("train-lm", text, "--out", tmp_path, "--kind", "lstm") == 1
     assert "too few to train on" in capsys.readouterr().err
+    (tmp_path / "model" / "offline").mkdir(parents=True)
+    assert run("train-lm", text, "--out", tmp_path / "model", "--kind", "gru") == 2
+    assert "its search reads --kind lstm alone" in capsys.readouterr().err
     assert run("generate", "one", "--model", tmp_path) == 1
     assert "no next-word model; make one with `asr train-lm" in capsys.readouterr().err

@@ -1,17 +1,18 @@
 """`asr stream`: live audio from a file or a microphone."""
 
-import io
 import os
 import pty
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -158,12 +159,44 @@ def test_rules_say_when_a_segment_ends(
 
 def test_samples_from_a_pipe_are_those_of_a_file(two_segments: Path) -> None:
     samples, rate = soundfile.read(two_segments, dtype="int16")
-    piped = PipeSource(rate, io.BytesIO(samples.astype("<i2").tobytes() + b"\0"))  # half a sample more
-    transcript, timing, _ = stream(piped, ToyOptions(), Recorded())
+    data = samples.astype("<i2").tobytes()
+    with pipe_of(data + b"\0", ends=True) as pipe:  # half a sample more
+        transcript, timing, _ = stream(PipeSource(rate, pipe), ToyOptions(), Recorded())
     assert transcript.text == stream(FileSource(two_segments), ToyOptions(), Recorded())[0].text
     assert timing.audio_seconds == pytest.approx(len(samples) / rate)
-    with pytest.raises(AsrError, match="no sample came through the pipe"):
-        stream(PipeSource(rate, io.BytesIO(b"")), ToyOptions(), Recorded())
+    with pipe_of(b"", ends=True) as pipe, pytest.raises(AsrError, match="no sample came through the pipe"):
+        stream(PipeSource(rate, pipe), ToyOptions(), Recorded())
+
+
+def test_ctrl_c_ends_a_pipe_through_which_nothing_comes() -> None:
+    said = (spell("a long sentence") * 32_767).astype("<i2").tobytes()
+    stopper = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    with pipe_of(said, ends=False) as pipe:
+        stopper.start()
+        transcript, _, interrupted = stream(PipeSource(16_000, pipe), ToyOptions(), Recorded())
+    assert interrupted
+    assert transcript.text == "a long sentence"
+
+
+@contextmanager
+def pipe_of(data: bytes, *, ends: bool) -> Iterator[BinaryIO]:
+    """The end of a pipe into which `data` is written, and which `ends` then, or stays open."""
+    theirs, ours = os.pipe()
+    done = threading.Event()
+
+    def write_all() -> None:
+        with open(ours, "wb") as file:
+            file.write(data)
+            file.flush()
+            if not ends:
+                done.wait(60)
+
+    writer = threading.Thread(target=write_all)
+    writer.start()
+    with open(theirs, "rb") as file:
+        yield file
+    done.set()
+    writer.join()
 
 
 def test_realtime_takes_as_long_as_the_speech(tmp_path: Path) -> None:

@@ -89,7 +89,10 @@ def test_what_cannot_be_read_is_named_and_what_was_there_stays(tmp_path: Path) -
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     (tmp_path / "broken.gz").write_bytes(gzip.compress(b"some text" * 99)[:-20])
     (tmp_path / "broken.xz").write_bytes(b"not packed")
-    for name in ("none.txt", "latin.txt", "broken.gz", "broken.xz", "."):
+    packed = bytearray(gzip.compress(b"some text" * 99))
+    packed[12:20] = b"\xff" * 8
+    (tmp_path / "damaged.gz").write_bytes(packed)
+    for name in ("none.txt", "latin.txt", "broken.gz", "damaged.gz", "broken.xz", "."):
         with pytest.raises(TextError, match=f"{tmp_path / name}: cannot be read as text"):
             train_lm([good, tmp_path / name], tmp_path / "m")
     with pytest.raises(TextError, match="no words"):

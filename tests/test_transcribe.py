@@ -106,8 +106,9 @@ def test_what_is_finished_is_not_done_again(tmp_path: Path, capsys: pytest.Captu
 
 def test_no_recording_overwrites_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wav, flac = write(tmp_path / "x" / "a.wav", "wave"), write(tmp_path / "x" / "a.flac", "flac")
-    assert run(wav, flac, "-o", tmp_path / "out") == 0
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.wav.txt", "a.flac.txt"}
+    third = write(tmp_path / "x" / "third.wav", "third").rename(tmp_path / "x" / "a.wav.mp3")
+    assert run(wav, flac, third, "-o", tmp_path / "out") == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.wav.txt", "a.flac.txt", "a.wav.mp3.txt"}
     other = write(tmp_path / "y" / "a.wav", "other")
     capsys.readouterr()
     assert run(wav, other, "-o", tmp_path / "out2") == 1

@@ -11,6 +11,7 @@ import onnx
 import torch
 
 from asr.audio import EDGE_SILENCE_SECONDS, SAMPLE_RATE
+from asr.decoding.calibration import CALIBRATION_FILE
 from asr.decoding.next_word import make_small
 from asr.errors import ModelError
 from asr.files import replace_folder, write_atomically
@@ -227,13 +228,18 @@ def _write_model(
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for kind, folder in networks.items():
-        save_network(load_network(folder), temporary / kind, dtype=torch.float16 if small else torch.float32)
-        write_graphs(temporary / kind, precisions=("int8",) if small else ("fp32", "int8"), speech=speech)
-    for name, folder in language_models.items():
-        shutil.copytree(folder, temporary / name)
-    if small and NEXT_WORD_FOLDER in language_models:
-        make_small(temporary / NEXT_WORD_FOLDER)
-    write_atomically(temporary / "card.json", card)
-    replace_folder(temporary, out)
+    try:
+        for kind, folder in networks.items():
+            save_network(load_network(folder), temporary / kind, dtype=torch.float16 if small else torch.float32)
+            write_graphs(temporary / kind, precisions=("int8",) if small else ("fp32", "int8"), speech=speech)
+            if (folder / CALIBRATION_FILE).is_file():
+                shutil.copy(folder / CALIBRATION_FILE, temporary / kind)
+        for name, folder in language_models.items():
+            shutil.copytree(folder, temporary / name)
+        if small and NEXT_WORD_FOLDER in language_models:
+            make_small(temporary / NEXT_WORD_FOLDER)
+        write_atomically(temporary / "card.json", card)
+        replace_folder(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # where something failed
     return out

@@ -69,7 +69,8 @@ class StreamReader:
         block_frames: of the network, that are read at a time.
     """
 
-    shared = ("_engine", "_open_decoder", "_visible", "_seen", "_blank")  # not of the state that asr.snapshot keeps
+    # not of the state that asr.snapshot keeps
+    shared = ("_engine", "_open_decoder", "_visible", "_seen", "_blank", "_first")
 
     def __init__(
         self,
@@ -86,7 +87,7 @@ class StreamReader:
         self._blank = np.full(engine.vocab_size + engine.phone_count, -100.0, np.float32)  # log-probabilities
         self._blank[[0, engine.vocab_size] if engine.phone_count else 0] = 0.0
         self._blank = np.append(self._blank, np.full(engine.joint_size, np.nan, np.float32))  # nothing to join
-        self._state = engine.initial_state()
+        self._state = self._first = engine.initial_state()
         self._void = engine.latency_frames  # output frames still to be dropped
         self._lost = 0  # output frames still to be taken for blanks
         self._block = block_frames * engine.samples_per_frame
@@ -94,6 +95,16 @@ class StreamReader:
         self._past: deque[tuple[np.ndarray, Decoder | None]] = deque()  # log-probabilities, the decoder before them
         self._waiting = [_EDGE]  # samples that fill no block yet
         self.lacking = self._block - len(_EDGE)  # samples until they do; where it is not above 0, there is a step
+
+    def check_restored(self) -> None:
+        """Whether the network can go on from its state (asr.snapshot): what shares a step with it must not suffer.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        own, wanted = ([(part.shape, part.dtype) for part in state] for state in (self._state, self._first))
+        if own != wanted:
+            raise ValueError(f"the network's state is {own}, not {wanted}")
 
     def push(self, samples: np.ndarray) -> None:
         """Take float32 (n,) at 16 kHz, to be read."""
@@ -126,7 +137,7 @@ class StreamReader:
 
     def restart(self) -> None:
         """Forget voice and room: what follows is read as if the stream began here, in a pause."""
-        self._state = self._engine.initial_state()
+        self._state = self._first
         self._lost = self._engine.latency_frames - self._void  # frames that the old state still held
 
     def cut(self, frame: int, search: int = 0) -> Decoder:

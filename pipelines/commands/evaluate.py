@@ -119,11 +119,14 @@ def evaluate(
         "two-pass": two_pass,
         "join": join,
         "report": report_file and not latency,
+        "clips": clips,
     }
     if latency + times + conditions and (unused := [f"--{name}" for name, value in others.items() if value]):
         raise typer.BadParameter(f"{', '.join(unused)}: not with --times, --latency or --conditions")
     if clips and not report_file:
         raise typer.BadParameter("--clips: they are put into the page that --report writes")
+    if rule and not (endpoint or two_pass or latency):
+        raise typer.BadParameter("--rule: rows are cut only with --endpoint, --two-pass or --latency")
     if against and not latency:
         raise typer.BadParameter("--against: only with --latency")
     search = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score, "hot_words": hot_words}
