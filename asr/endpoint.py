@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from math import inf, log10
+from math import log10
 
 import numpy as np
 
@@ -44,8 +44,8 @@ class EndpointConfig:
     def __post_init__(self) -> None:
         if not 0.2 <= self.trailing_silence <= 10:
             raise ConfigError(f"trailing_silence = {self.trailing_silence!r}: must be 0.2 to 10 s")
-        if not self.trailing_silence <= self.leading_silence < inf:
-            raise ConfigError(f"leading_silence = {self.leading_silence!r}: must be at least trailing_silence")
+        if not self.trailing_silence <= self.leading_silence <= 3600:
+            raise ConfigError(f"leading_silence = {self.leading_silence!r}: must be trailing_silence to 3600 s")
         if not max(2.0, self.trailing_silence) <= self.max_segment <= 300:
             raise ConfigError(f"max_segment = {self.max_segment!r}: must be 2 to 300 s and at least trailing_silence")
         if self.vad not in VADS:

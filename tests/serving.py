@@ -5,6 +5,7 @@ import io
 import json
 import socket as sockets
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -139,6 +140,18 @@ HTTP = httpx.Client(trust_env=False, timeout=30, limits=httpx.Limits(max_keepali
 
 def get(address: str, **options: Any) -> httpx.Response:
     return HTTP.get(address, **options)
+
+
+def metric(served: Served, name: str) -> float:
+    lines = get(f"{served.http}/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+
+def eventually(true: Any, seconds: float = 10.0) -> bool:
+    until = time.monotonic() + seconds
+    while not true() and time.monotonic() < until:
+        time.sleep(0.02)
+    return true()
 
 
 def post(address: str, data: bytes, fields: dict[str, Any] | None = None, **options: Any) -> httpx.Response:

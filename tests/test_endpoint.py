@@ -185,6 +185,7 @@ def test_noise_without_a_word_is_cut_as_silence_is() -> None:
     [
         {"trailing_silence": 0.0},
         {"leading_silence": 0.1},
+        {"leading_silence": 1e305},
         {"max_segment": 1e9},
         {"trailing_silence": float("nan")},
         {"vad": "webrtc"},

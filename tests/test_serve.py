@@ -18,13 +18,16 @@ import httpx
 import pytest
 import soundfile
 from serving import (
+    HTTP,
     TALK,
     Served,
     begin,
     dial,
+    eventually,
     finished,
     get,
     in_blocks,
+    metric,
     post,
     recording,
     s16,
@@ -60,18 +63,6 @@ def ended(socket: Any) -> tuple[list[dict[str, Any]], int]:
             messages.append(message if (message := socket.recv(15)) == "Done!" else json.loads(message))
     assert closed.value.rcvd is not None
     return messages, closed.value.rcvd.code
-
-
-def metric(served: Served, name: str) -> float:
-    lines = get(f"{served.http}/metrics").text.splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
-
-
-def eventually(true: Any, seconds: float = 10.0) -> bool:
-    until = time.monotonic() + seconds
-    while not true() and time.monotonic() < until:
-        time.sleep(0.02)
-    return true()
 
 
 # ---- the page, health, metrics, log
@@ -145,6 +136,9 @@ def test_who_listens_to_others_needs_a_token() -> None:
         Access(host=host, token=TOKEN)
     with pytest.raises(ConfigError, match="8 characters"):
         Access(token="short")
+    for token in ("пароль-123", "pässword", "password\n"):
+        with pytest.raises(ConfigError, match="ASCII"):
+            Access(token=token)
     with pytest.raises(ConfigError, match="no such address"):
         Access(host="no.such.host.invalid")
 
@@ -190,6 +184,19 @@ def test_pages_of_others_are_kept_out() -> None:
             assert post(own, recording(), headers={"origin": origin}).status_code == 200
         friend = get(f"{own}/v1/models", headers={"origin": "https://friend.example"})
         assert friend.headers["access-control-allow-origin"] == "https://friend.example"
+
+
+def test_a_page_of_a_friend_may_ask_whether_to_send_the_token() -> None:
+    """Browsers ask without it, and then send it."""
+    with serving(access=Access(token=TOKEN, origins=("https://friend.example",))) as served:
+        address = f"{served.http}/v1/audio/transcriptions"
+        asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+        reply = HTTP.options(address, headers={"origin": "https://friend.example", **asked})
+        assert reply.status_code == 200
+        assert reply.headers["access-control-allow-origin"] == "https://friend.example"
+        assert "authorization" in reply.headers["access-control-allow-headers"]
+        assert HTTP.options(address, headers={"origin": "https://evil.example", **asked}).status_code == 403
+        assert HTTP.options(address, headers={"origin": "https://friend.example"}).status_code == 401
 
 
 def test_without_a_token_a_name_from_elsewhere_does_not_lead_here(server: Served) -> None:
@@ -259,6 +266,20 @@ def test_a_session_is_bounded_in_messages_and_audio() -> None:
         assert (messages[-1]["code"], code) == ("too_long", 1008)
 
 
+@pytest.mark.parametrize(
+    ("protocol", "message"), [("vosk", '{"config": {"sample_rate": 8000}}'), ("sherpa", b""), ("native", b"")]
+)
+def test_a_session_is_bounded_in_time(protocol: str, message: str | bytes) -> None:
+    with serving(limits=Limits(audio_seconds=0.5)) as served:
+        socket = begin(served.native) if protocol == "native" else dial(getattr(served, protocol))
+        with contextlib.suppress(ConnectionClosed):
+            for _ in range(60):  # messages without audio
+                socket.send(message)
+                time.sleep(0.05)
+        messages, code = ended(socket)
+        assert (messages[-1]["code"], code) == ("too_long", 1008)
+
+
 def test_the_silent_get_their_finals_and_are_closed() -> None:
     with serving(limits=Limits(idle_seconds=0.3, start_seconds=0.3)) as served:
         socket = begin(served.native)
@@ -276,6 +297,16 @@ def test_a_head_that_never_comes_is_not_waited_for() -> None:
             with wire(served.http) as raw, contextlib.suppress(ConnectionResetError):
                 raw.sendall(sent)
                 assert raw.recv(100) == b""
+
+
+def test_a_body_that_nobody_reads_is_not_waited_for() -> None:
+    with serving(limits=Limits(start_seconds=0.5)) as served, wire(served.http) as raw:
+        raw.sendall(b"POST /health HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100000000\r\n\r\n")
+        assert raw.recv(65536).startswith(b"HTTP/1.1 405")
+        with pytest.raises(ConnectionError):
+            for _ in range(60):
+                raw.sendall(b"x")
+                time.sleep(0.05)
 
 
 def test_who_does_not_read_is_cut_off_and_costs_nobody_else() -> None:

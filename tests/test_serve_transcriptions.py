@@ -2,7 +2,9 @@
 
 import itertools
 import os
+import socket as sockets
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,24 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from serving import HTTP, PAUSE, TALK, Served, begin, finished, post, recording, s16, serving, wire
-from toy_model import RATE, spell, toy_recognizer
+from serving import (
+    HTTP,
+    PAUSE,
+    TALK,
+    Served,
+    begin,
+    eventually,
+    finished,
+    metric,
+    post,
+    recording,
+    s16,
+    serving,
+    wire,
+)
+from toy_model import RATE, TOKENIZER, ToyEngine, spell, toy_recognizer
 
+from asr.recognizer import Network, Recognizer
 from pipelines.formats import render
 from pipelines.serve.limits import Limits
 
@@ -138,6 +155,72 @@ def test_too_many_recordings_get_503(monkeypatch: pytest.MonkeyPatch) -> None:
         released.set()
         thread.join(20)
         assert first[0].json() == {"text": "one two three"}
+
+
+class Held(ToyEngine):
+    """Reads on only while it is let."""
+
+    def __init__(self) -> None:
+        self.reading, self.let = threading.Event(), threading.Event()
+        self.let.set()
+        self.seconds = 0.0  # of audio read
+
+    def hold(self) -> None:
+        self.reading.clear()
+        self.let.clear()
+
+    def _read(self, samples: np.ndarray) -> np.ndarray:
+        self.reading.set()
+        assert self.let.wait(20)
+        self.seconds += len(samples) / RATE
+        return super()._read(samples)
+
+
+def sent(address: str, data: bytes, fields: dict[str, str] | None = None) -> sockets.socket:
+    """The connection of a client that has sent all of its recording, and waits for the text."""
+    built = HTTP.build_request("POST", address, files={"file": ("talk", data)}, data=fields or {})
+    body = built.read()
+    head = f"host: localhost\r\ncontent-type: {built.headers['content-type']}\r\ncontent-length: {len(body)}"
+    raw = wire(address)
+    raw.sendall(f"POST /v1/audio/transcriptions HTTP/1.1\r\n{head}\r\n\r\n".encode() + body)
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("model", "stream"), [("asr-offline", "false"), ("asr-streaming", "false"), ("asr-streaming", "true")]
+)
+def test_a_recording_is_read_no_further_when_its_client_leaves(
+    model: str, stream: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = Held()
+    recognizer = Recognizer({name: Network(TOKENIZER, lambda: engine) for name in ("offline", "streaming")})
+    with serving(recognizer, limits=Limits(uploads=1)) as served:
+        engine.hold()
+        with sent(served.http, recording(np.zeros(700 * RATE, np.int16), "FLAC"), {"model": model, "stream": stream}):
+            assert engine.reading.wait(60)
+        assert eventually(lambda: metric(served, 'asr_dropped_total{reason="gone"}') == 1)
+        engine.let.set()
+        assert post(served.http, recording()).json() == {"text": "one two three"}
+        assert engine.seconds < 400, "the offline network reads segments of 300 s together"
+    assert '"event": "upload"' in (log := capsys.readouterr().err)
+    assert '"code": "gone"' in log
+
+
+def test_a_recording_that_waits_is_dropped_when_its_client_leaves() -> None:
+    engine = Held()
+    recognizer = Recognizer({"offline": Network(TOKENIZER, lambda: engine), "streaming": Network(TOKENIZER, ToyEngine)})
+    with serving(recognizer, limits=Limits(uploads=2)) as served:
+        engine.hold()
+        with sent(served.http, recording()) as first:
+            assert engine.reading.wait(20)
+            with sent(served.http, recording()):
+                assert eventually(lambda: post(served.http, recording()).status_code == 503)
+                time.sleep(0.2)  # until it waits
+            assert eventually(lambda: metric(served, 'asr_dropped_total{reason="gone"}') == 1)
+            with sent(served.http, recording()) as third:
+                engine.let.set()
+                for raw in (first, third):
+                    assert raw.recv(65536).startswith(b"HTTP/1.1 200")
 
 
 def test_an_upload_is_bounded_in_size_and_in_what_it_unpacks_to() -> None:

@@ -47,6 +47,8 @@ class Access:
     def __post_init__(self) -> None:
         if self.token is not None and len(self.token) < 8:
             raise ConfigError("token: must have at least 8 characters")
+        if self.token is not None and not (self.token.isascii() and self.token.isprintable()):
+            raise ConfigError("token: must be of printable ASCII characters, as it comes in an HTTP header")
         if self.token is None and not is_loopback(self.host):
             raise ConfigError(f"host = {self.host!r}: others can reach it; give a token (--token, or ASR_TOKEN)")
         for origin in self.origins:
@@ -132,8 +134,13 @@ class Guard:
         known = any(self._access.knows(token) for token in _tokens(scope, headers))
         scope.setdefault("state", {})["known"] = known or self._access.token is None
         if scope["type"] == "http" and scope["path"].startswith(_PROTECTED) and not scope["state"]["known"]:
-            return unauthorized()
+            return None if _is_preflight(scope, headers) else unauthorized()
         return None
+
+
+def _is_preflight(scope: Scope, headers: dict[str, str]) -> bool:
+    """Whether a browser asks what a page may send: it does so without the token, and CORSMiddleware answers alone."""
+    return scope["method"] == "OPTIONS" and {"origin", "access-control-request-method"} <= headers.keys()
 
 
 def _headers(scope: Scope) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""uvicorn's connections with an end to their patience: for heads that never come, and for clients that never read."""
+"""uvicorn's connections with an end to their patience: for what never comes, and for clients that never read."""
 
 import asyncio
 from typing import Any
@@ -52,33 +52,37 @@ class _Websocket(_CutsWhoDoNotRead, WebSocketsSansIOProtocol):
 
 
 class _Http(_CutsWhoDoNotRead, H11Protocol):
-    """Also ends a connection that brings no complete head within `start_seconds`, and refuses one too many."""
+    """Also ends a connection that brings no complete head within `start_seconds`, and refuses one too many.
 
-    _headless: asyncio.TimerHandle | None = None
+    Nor does it take longer for the rest of a body that was answered already.
+    """
+
+    _unfinished: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         if len(self.connections) > self.limits.connections:
             transport.write(_FULL)
             transport.close()
-        self._wait_for_head()
+        self._wait_for_client()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._wait_for_head()
+        self._wait_for_client()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         super().connection_lost(exc)
 
-    def _wait_for_head(self) -> None:
-        """While a head is what must come next, the time for it runs from its first byte."""
-        if self.conn.their_state is not h11.IDLE:
+    def _wait_for_client(self) -> None:
+        """While a head must come next, or a body that nobody reads, the time for it runs from its first byte."""
+        unread = self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
+        if not unread and self.conn.their_state is not h11.IDLE:
             self._stop_waiting()
-        elif self._headless is None:
-            self._headless = self.loop.call_later(self.limits.start_seconds, self.transport.abort)
+        elif self._unfinished is None:
+            self._unfinished = self.loop.call_later(self.limits.start_seconds, self.transport.abort)
 
     def _stop_waiting(self) -> None:
-        if self._headless is not None:
-            self._headless.cancel()
-            self._headless = None
+        if self._unfinished is not None:
+            self._unfinished.cancel()
+            self._unfinished = None

@@ -14,7 +14,8 @@ class Limits:
         sessions: live ones at a time.
         audio_seconds: of audio in one session or recording, however small its file is; and of a session's life.
         idle_seconds: without a message from the client; then its finals are sent and it is closed.
-        start_seconds: from connecting to the start message, and from connecting to a complete HTTP head.
+        start_seconds: from connecting to the start message, from connecting to a complete HTTP head, and for the
+            rest of a body that was answered already.
         send_seconds: that a client may take to read what it was sent.
         stop_seconds: that a graceful stop may take.
         message_bytes: of one websocket message.
@@ -71,6 +72,11 @@ def overloaded(message: str = "all sessions are taken; try again later") -> Refu
 def stopping() -> Refused:
     """The refusal of a server that is about to end."""
     return Refused("the server is stopping", code="stopping", status=503, close=1012)
+
+
+def too_long(seconds: float) -> Refused:
+    """The end of a session that has lasted so long, or has had so much audio."""
+    return Refused(f"a session ends after {seconds:g} s", code="too_long")
 
 
 def unauthorized() -> Refused:

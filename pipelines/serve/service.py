@@ -1,5 +1,6 @@
 """What all connections of the server share: the recognizer, the limits, the counters and the log."""
 
+import asyncio
 import logging
 import secrets
 import time
@@ -13,7 +14,7 @@ from asr.errors import AudioError, ConfigError, Overloaded
 from asr.recognizer import Recognizer, Segment
 from asr.streams import Stream, Streams
 from pipelines.serve.access import Access
-from pipelines.serve.limits import ClientGone, Limits, Refused, overloaded, stopping, unauthorized
+from pipelines.serve.limits import ClientGone, Limits, Refused, overloaded, stopping, too_long, unauthorized
 from pipelines.serve.log import event
 from pipelines.serve.metrics import Metrics
 from pipelines.serve.session import Channel, Live
@@ -71,6 +72,8 @@ class Service:
             raise overloaded()
         began, how = time.monotonic(), "failed"
         live = Live(self, channel, protocol)
+        most = self.limits.audio_seconds
+        lifetime = asyncio.get_running_loop().call_later(most, channel.end, too_long(most))
         self._channels.add(channel)
         self.metrics.sessions.labels(protocol).inc()
         try:
@@ -83,6 +86,7 @@ class Service:
             how = error.code
             raise
         finally:
+            lifetime.cancel()
             live.close()
             self._channels.discard(channel)
             self.metrics.sessions.labels(protocol).dec()

@@ -14,7 +14,7 @@ from asr.endpoint import EndpointConfig
 from asr.errors import AudioError
 from asr.recognizer import Segment, Update
 from asr.streams import Stream
-from pipelines.serve.limits import ClientGone, Refused
+from pipelines.serve.limits import ClientGone, Refused, too_long
 
 if TYPE_CHECKING:
     from pipelines.serve.service import Service
@@ -99,7 +99,6 @@ class Live:
         self._stream: Stream | None = None
         self._rate = 0
         self._began = 0.0  # seconds of audio before this stream
-        self._opened = time.monotonic()
 
     def open(self, sample_rate: int, endpoint: EndpointConfig | None = None, two_pass: bool | None = None) -> None:
         """Begin a stream.
@@ -142,8 +141,8 @@ class Live:
         except AudioError as error:
             raise Refused(str(error), code="bad_audio", close=1007) from None
         self.seconds += len(samples) / self._rate
-        if full or began - self._opened > limit:
-            self._channel.end(Refused(f"a session ends after {limit:g} s", code="too_long"))
+        if full:
+            self._channel.end(too_long(limit))
         took = time.monotonic() - began
         self.slowest = max(self.slowest, took)
         self._service.metrics.reply.observe(took)

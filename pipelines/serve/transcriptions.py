@@ -111,11 +111,14 @@ class Transcriptions:
                 form = await self._receive(Request(scope, receive))
                 order = parse_order(form.multi_items(), self._service.recognizer.networks)
                 path = opened.enter_context(_as_path(_file(form)))
+                opened.callback(os.truncate, path, 0)  # who reads it yet, for a client that left, comes to its end
                 opened.enter_context(self._counted_as_read())
-                seconds = await self._in_thread(_check_length, path, self._service.limits.audio_seconds)
+                gone = asyncio.create_task(_leaving(receive))
+                opened.callback(gone.cancel)
+                seconds = await self._in_thread(gone, _check_length, path, self._service.limits.audio_seconds)
                 metrics.heard("upload", seconds)
-                reply = self._streamed(path, order) if order.stream else await self._whole(path, order)
-                await reply(scope, receive, send)
+                reply = self._streamed(gone, path, order) if order.stream else await self._whole(gone, path, order)
+                await reply(scope, _nothing, send)
         except Refused as error:
             status, code = error.status, error.code
             metrics.dropped.labels(code).inc()
@@ -176,22 +179,22 @@ class Transcriptions:
         except HTTPException as error:
             raise _wrong(str(error.detail)) from None
         except ClientDisconnect:
-            raise Refused("the client left", code="gone") from None
+            raise _left() from None
 
-    async def _whole(self, path: Path, order: Order) -> Response:
-        transcript = await self._in_thread(self._service.recognizer.transcribe, path, None, order.network)
+    async def _whole(self, gone: asyncio.Task[None], path: Path, order: Order) -> Response:
+        transcript = await self._in_thread(gone, self._service.recognizer.transcribe, path, None, order.network)
         self._service.note_text("upload", transcript.segments)
         return reply_to(transcript, order)
 
-    def _streamed(self, path: Path, order: Order) -> Response:
-        return StreamingResponse(self._events(path, order), media_type="text/event-stream")
+    def _streamed(self, gone: asyncio.Task[None], path: Path, order: Order) -> Response:
+        return StreamingResponse(self._events(gone, path, order), media_type="text/event-stream")
 
-    async def _events(self, path: Path, order: Order) -> AsyncIterator[str]:
+    async def _events(self, gone: asyncio.Task[None], path: Path, order: Order) -> AsyncIterator[str]:
         """Server-sent events: a delta for each finished segment, then the whole text."""
         texts: list[str] = []
         segments = _segments(self._service.recognizer, path, order.network)
         try:
-            while (segment := await self._in_thread(lambda: next(segments, None))) is not None:
+            while (segment := await self._in_thread(gone, lambda: next(segments, None))) is not None:
                 self._service.note_text("upload", [segment])
                 delta = segment.text if not texts else f" {segment.text}"
                 texts.append(segment.text)
@@ -200,14 +203,21 @@ class Transcriptions:
         finally:
             self._thread.submit(segments.close)
 
-    async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Run it after what waits already.
+    async def _in_thread(self, gone: asyncio.Task[None], work: Callable[..., T], *arguments: Any) -> T:
+        """Run it after what waits already, unless the client is gone before.
 
         Raises:
-            Refused: the recording cannot be read.
+            Refused: the recording cannot be read, or the client left.
         """
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+            running = asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+            try:
+                await asyncio.wait((running, gone), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                running.cancel()  # unless it is done
+            if running.cancelled():
+                raise _left()
+            return running.result()
         except AudioError as error:
             raise Refused(_public(str(error)), code="bad_audio") from None
         except RuntimeError:  # the thread has ended
@@ -304,6 +314,17 @@ def _check_kind(path: Path) -> None:
         raise Refused("not a recording of a kind that is read: WAV, FLAC, MP3, Ogg, M4A, WebM ...", code="bad_audio")
 
 
+async def _leaving(receive: Receive) -> None:
+    """Wait until the client leaves; its form has come."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _nothing() -> Message:
+    """What a reply receives: `_leaving` alone tells that the client has left."""
+    return await asyncio.get_running_loop().create_future()
+
+
 def _file(form: FormData) -> BinaryIO:
     file = form.get("file")
     if not isinstance(file, UploadFile):
@@ -358,3 +379,7 @@ def _event(data: dict[str, Any]) -> str:
 
 def _wrong(message: str) -> Refused:
     return Refused(message, code="bad_request")
+
+
+def _left() -> Refused:
+    return Refused("the client left", code="gone")
