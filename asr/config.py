@@ -25,12 +25,12 @@ def _check(good: bool, name: str, value: object, allowed: str) -> None:
 class FeatureConfig:
     """Log-mel features."""
 
-    sample_rate: int = 16_000
-    bands: int = 80
-    window_ms: int = 25
-    hop_ms: int = 10
-    low_hz: float = 20.0
-    high_hz: float = 7_600.0
+    sample_rate: int = 16_000  # Hz; audio of other rates is resampled
+    bands: int = 80  # of the mel scale, a number each in a frame
+    window_ms: int = 25  # of audio that a frame sees
+    hop_ms: int = 10  # from one frame to the next
+    low_hz: float = 20.0  # where the lowest band begins
+    high_hz: float = 7_600.0  # where the highest band ends
 
     def __post_init__(self) -> None:
         _check(self.sample_rate == 16_000, "features.sample_rate", self.sample_rate, "16000")
@@ -49,17 +49,17 @@ class FeatureConfig:
 class ModelConfig:
     """The network: strided convolutions, recurrent layers, look-ahead, output."""
 
-    bidirectional: bool
-    channels: tuple[int, ...] = (192, 256)
-    kernels: tuple[int, ...] = (5, 3)
-    strides: tuple[int, ...] = (2, 2)
+    bidirectional: bool  # true: offline, reads whole recordings; false: streaming
+    channels: tuple[int, ...] = (192, 256)  # outputs of each convolution before the recurrent layers
+    kernels: tuple[int, ...] = (5, 3)  # frames that each of them sees
+    strides: tuple[int, ...] = (2, 2)  # frames to one of the next: 2 by 2 make frames of 40 ms
     utterance_norm: float = 0.0  # seconds after which half of what an utterance's levels differ by is taken off; 0: off
-    hidden: int = 224
-    layers: int = 3
-    look_ahead: int = 0
-    dropout: float = 0.15
+    hidden: int = 224  # units of a recurrent layer, in each direction
+    layers: int = 3  # recurrent layers
+    look_ahead: int = 0  # frames (of 40 ms, say) that a streaming network waits for; accuracy against delay
+    dropout: float = 0.15  # share of each layer's output hidden in training
     phone_output: bool = False  # phones beside the tokens at the end, which the beam search reads as well
-    phone_layer: int = 0
+    phone_layer: int = 0  # the recurrent layer that learns phones in training; 0: none (no pronunciations needed)
     prediction: int = 0  # units of a transducer's prediction network and of its joint (asr.nn.transducer); 0: none
     cell: str = "lstm"  # of the recurrent layers; equations in asr.nn.cells
     residual: bool = False  # add each recurrent layer's input to its output, where both are of one size
@@ -116,10 +116,10 @@ class ModelConfig:
 class DataConfig:
     """Prepared folders to train on and to tune on."""
 
-    train: tuple[str, ...]
-    dev: tuple[str, ...] = ()
+    train: tuple[str, ...]  # folders that `asr prepare` wrote
+    dev: tuple[str, ...] = ()  # folders to score each epoch on; the best one is kept
     weights: dict[str, float] = field(default_factory=dict)  # share of a source drawn each epoch, by its name
-    max_seconds: float = 20.0
+    max_seconds: float = 20.0  # longer utterances are left out, and counted
     cut_seconds: float = 0.0  # aligned utterances are cut in pauses to pieces of about so much; 0: never
     dev_minutes: float = 30.0  # of the tuning data, evenly picked, scored after each epoch
 
@@ -136,20 +136,20 @@ class DataConfig:
 class AugmentConfig:
     """What is done to the training audio and its features; everything is drawn per utterance from the seed."""
 
-    speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
+    speeds: tuple[float, ...] = (0.9, 1.0, 1.1)  # at which an utterance is played, one of them each time
     gain_db: float = 6.0  # louder or quieter by up to so much
     quiet_db: float = 0.0  # then half of the utterances are made quieter by up to so much, as distant speakers are
-    noise: str = ""
-    noise_probability: float = 0.0
-    noise_snr_db: tuple[float, ...] = (5.0, 30.0)
-    reverberation_probability: float = 0.0
-    low_pass_probability: float = 0.0
+    noise: str = ""  # a folder of recordings of noise that `asr prepare` wrote
+    noise_probability: float = 0.0  # that noise is mixed in
+    noise_snr_db: tuple[float, ...] = (5.0, 30.0)  # lowest and highest: how far below the speech it is
+    reverberation_probability: float = 0.0  # that an utterance sounds as in a room
+    low_pass_probability: float = 0.0  # that it loses its high frequencies, as by telephone
     lead_seconds: float = 0.0  # half of the utterances begin after up to so much silence, as live audio does
     silence_probability: float = 0.0  # an utterance gives way to noise alone, or to nothing, with an empty text
-    time_masks: int = 2
-    time_mask_frames: int = 30
-    band_masks: int = 2
-    band_mask_bands: int = 15
+    time_masks: int = 2  # stretches of an utterance that are hidden (SpecAugment)
+    time_mask_frames: int = 30  # of 10 ms, the longest of them
+    band_masks: int = 2  # ranges of bands that are hidden
+    band_mask_bands: int = 15  # the widest of them
 
     def __post_init__(self) -> None:
         _check(
@@ -179,30 +179,30 @@ class AugmentConfig:
 class TrainingConfig:
     """The optimisation."""
 
-    epochs: int
-    seed: int = 1
-    batch_seconds: float = 90.0
-    batch_utterances: int = 32
-    accumulate: int = 1
+    epochs: int  # times through the data
+    seed: int = 1  # of all that is drawn by chance
+    batch_seconds: float = 90.0  # of audio in a batch, padding included
+    batch_utterances: int = 32  # in a batch, at the most
+    accumulate: int = 1  # batches to an update
     optimizer: str = "adamw"  # or "muon" (asr.training.optimizer): fewer updates, for batches of minutes
-    learning_rate: float = 2e-3
-    warmup_steps: int = 300
-    weight_decay: float = 1e-2
+    learning_rate: float = 2e-3  # the highest; it falls to 0 at the end
+    warmup_steps: int = 300  # updates until it is reached
+    weight_decay: float = 1e-2  # of all weights, a step, times the learning rate
     clip_norm: float = 2.0  # of the whole gradient
     clip_value: float = 0.0  # of each of its entries, after clip_norm; 0: off
-    phone_weight: float = 0.5
+    phone_weight: float = 0.5  # of the loss of the phones beside that of the tokens
     alignment_weight: float = 0.0  # of phone states frame by frame, on the phone layer, where `asr align` was run
     crf_weight: float = 0.0  # of the denominator of the phones' CTC at the output (model.phone_output): 1 is a CTC-CRF
     consistency_weight: float = 0.0  # between two views of each utterance, masked apart (CR-CTC); a batch holds both
     transducer_weight: float = 1.0  # of the transducer's loss beside CTC's, where model.prediction is above 0
     freeze_encoder: bool = False  # train the transducer alone, on the network that init_from names
-    curriculum_seconds: float = 0.0
-    curriculum_step_seconds: float = 1.0
-    curriculum_epochs: int = 5
-    precision: str = "auto"
-    threads: int = 1
-    checkpoint_steps: int = 250
-    average: int = 5
+    curriculum_seconds: float = 0.0  # the first epoch takes no longer utterances; 0: it takes all
+    curriculum_step_seconds: float = 1.0  # so much longer ones are taken in each epoch after it
+    curriculum_epochs: int = 5  # after which all are taken
+    precision: str = "auto"  # "fp32", "bf16", or bf16 where the machine has instructions for it
+    threads: int = 1  # of a worker
+    checkpoint_steps: int = 250  # updates from one checkpoint to the next
+    average: int = 5  # of the last epochs, whose mean is tried at the end
     patience: int = 0  # epochs without a better CER on data.dev after which training stops; 0: all epochs
     hang_seconds: float = 600.0  # a worker for which the others wait so long is named, and the run stops
 
@@ -244,7 +244,7 @@ class TrainConfig:
     training: TrainingConfig
     features: FeatureConfig = FeatureConfig()
     augment: AugmentConfig = AugmentConfig()
-    init_from: str = ""
+    init_from: str = ""  # the folder of a network to start from
     new_tokens: bool = False  # with init_from: the tokens of data.train and a new output layer for them
 
     def __post_init__(self) -> None:
@@ -341,6 +341,8 @@ def _convert(kind: Any, value: Any, where: str, name: str) -> Any:
         if not isinstance(value, dict):
             raise ConfigError(f"{where}: {name} = {value!r}: must be a section")
         return from_dict(kind, value, where=where, prefix=f"{name}.")  # type: ignore[arg-type]
+    if get_origin(kind) is tuple and get_args(kind)[0] is str and isinstance(value, str):
+        return (value,)
     if get_origin(kind) is tuple and isinstance(value, list):
         return tuple(_convert(get_args(kind)[0], v, where, name) for v in value)
     if get_origin(kind) is dict and isinstance(value, dict):

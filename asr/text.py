@@ -9,6 +9,7 @@ from asr.errors import TextError
 BLANK = "<blank>"
 SPACE = "<space>"
 _APOSTROPHES = str.maketrans({"’": "'", "ʼ": "'", "‘": "'", "`": "'"})
+_DOTTED_I = "i\u0307"  # what Turkish \u0130 is in lower case
 _ZERO_WIDTH_SPACE = "\u200b"
 _INSIDE_WORDS = "'\u200c\u200d"
 
@@ -35,7 +36,7 @@ def normalize(text: str) -> str:
     An apostrophe is kept inside a word ("don't") and dropped at its edges, as are the joiners by which some scripts
     write; a hyphen or a slash parts words.
     """
-    text = unicodedata.normalize("NFKC", text).casefold().translate(_APOSTROPHES)
+    text = unicodedata.normalize("NFKC", text).lower().replace(_DOTTED_I, "i").translate(_APOSTROPHES)
     text = unicodedata.normalize("NFKC", text)
     words = (word.strip(_INSIDE_WORDS) for word in text.translate(_KEPT).split())
     return " ".join(word for word in words if word)

@@ -21,8 +21,10 @@ Recognize with the model that comes along:
   asr stream                       [dim]# speak; Ctrl-C ends[/dim]
   asr stream talk.wav --realtime   [dim]# a file as if it were live[/dim]
 
-Train a model on recordings of your own:
-  asr prepare train.jsonl --out data/mine --workers 2
+Train a model on recordings of your own, in English (other languages: README.md):
+  asr prepare train.jsonl --out data/mine --workers 2 --lexicon cmudict
+  asr prepare dev.jsonl --out data/mine_dev
+  asr align data/mine
   asr train configs/own_streaming.toml --workers 2 --out runs/mine
   asr evaluate --model runs/mine/model test.jsonl --streaming
   asr export runs/mine -o mymodel

@@ -85,6 +85,8 @@ def wer_interval(
 
 def _interval_note(speakers: Sequence[str]) -> str:
     named, unnamed = len(set(speakers) - {""}), speakers.count("")
+    if named + unnamed < 2:
+        return "One speaker alone says nothing of others: there is no interval."
     drawn = " and ".join(
         [f"{named} speakers"] * (named > 0) + [f"{unnamed} utterances without a named speaker"] * (unnamed > 0)
     )

@@ -18,8 +18,7 @@ FORMATS = ("txt", "json", "srt", "vtt", "ctm")
 JOINABLE = ("txt", "json", "ctm")  # several recordings can share a stream; subtitles hold no names
 
 # What subtitle guidelines agree on: two lines of 42 characters, seconds that a reader needs for them.
-_CUE_LINE = 42
-_CUE_CHARACTERS = 2 * _CUE_LINE
+_CUE_LINE, _CUE_LINES = 42, 2
 _CUE_SECONDS = 7.0
 
 
@@ -70,8 +69,8 @@ def whisper_result(transcript: "Transcript") -> dict[str, Any]:
         {
             "id": number,
             "seek": 0,
-            "start": segment.start,
-            "end": segment.end,
+            "start": round(segment.start, 3),
+            "end": round(segment.end, 3),
             "text": f" {segment.text}",
             "tokens": [],
             "temperature": 0.0,
@@ -81,9 +80,9 @@ def whisper_result(transcript: "Transcript") -> dict[str, Any]:
             "words": [
                 {
                     "word": f" {word.text}",
-                    "start": word.start,
-                    "end": word.end,
-                    "probability": word.confidence,
+                    "start": round(word.start, 3),
+                    "end": round(word.end, 3),
+                    "probability": round(word.confidence, 4),
                 }
                 for word in segment.words
             ],
@@ -152,17 +151,18 @@ def _cues(transcript: "Transcript") -> Iterator[tuple[float, float, str]]:
     for segment in transcript.segments:
         cue: list = []
         for word in segment.words:
-            characters = sum(len(w.text) + 1 for w in cue) + len(word.text)
-            if cue and (characters > _CUE_CHARACTERS or word.end - cue[0].start > _CUE_SECONDS):
-                yield cue[0].start, cue[-1].end, _wrap(" ".join(w.text for w in cue))
+            lines = len(_lines([*cue, word]))
+            if cue and (lines > _CUE_LINES or word.end - cue[0].start > _CUE_SECONDS):
+                yield cue[0].start, cue[-1].end, "\n".join(_lines(cue))
                 cue = []
             cue.append(word)
         if cue:
-            yield cue[0].start, cue[-1].end, _wrap(" ".join(w.text for w in cue))
+            yield cue[0].start, cue[-1].end, "\n".join(_lines(cue))
 
 
-def _wrap(text: str) -> str:
-    return "\n".join(textwrap.wrap(text, _CUE_LINE, break_long_words=False, break_on_hyphens=False))
+def _lines(words: list) -> list[str]:
+    text = " ".join(word.text for word in words)
+    return textwrap.wrap(text, _CUE_LINE, break_long_words=False, break_on_hyphens=False)
 
 
 def _clock(seconds: float, point: str) -> str:

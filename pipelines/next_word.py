@@ -71,9 +71,7 @@ def train_network(
         TextError: a text cannot be read, or is too short.
     """
     if kind != "lstm" and any((out / name).is_dir() for name in NETWORKS):
-        raise ConfigError(
-            f"{out}: is a model, and its search reads --kind lstm alone; give another --out"
-        )
+        raise ConfigError(f"{out}: is a model, and its search reads --kind lstm alone; give another --out")
     lines = [line for path in texts for line in read_lines(path)]
     kept_back = math.ceil(len(lines) / _HELD_OUT)
     lines, held_out = lines[: len(lines) - kept_back], lines[len(lines) - kept_back :]

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import IO
 
-from asr.errors import ConfigError
+from asr.errors import AsrError, ConfigError
 
 # Read by Ray's daemons when they start, or by `import ray`: set before either. The user's own values win.
 _ENVIRONMENT = {
@@ -37,6 +37,7 @@ def start(address: str | None = None, cpus: int | None = None) -> Iterator[Modul
 
     Raises:
         ConfigError: ray is not installed, or nothing answers at `address`.
+        AsrError: a local cluster does not start.
     """
     address = address or os.environ.get("RAY_ADDRESS") or None
     for name, value in _ENVIRONMENT.items():
@@ -75,15 +76,21 @@ def start(address: str | None = None, cpus: int | None = None) -> Iterator[Modul
         folder = tempfile.mkdtemp(prefix="asr-ray-", dir=parent)
         lock = _lock(folder)
         try:
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                logging_level=logging.WARNING,
-                log_to_driver=False,
-                _temp_dir=folder,
-            )
+            try:
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    logging_level=logging.WARNING,
+                    log_to_driver=False,
+                    _temp_dir=folder,
+                )
+            except Exception as error:
+                reason = str(error).strip().split("\n")[0]
+                raise AsrError(
+                    f"Ray did not start here: {reason}; the machine may be too busy: try again, or use --workers 0"
+                ) from error
             yield ray
         finally:
             ray.shutdown()

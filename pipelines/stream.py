@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _BLOCK_SECONDS = 0.1
 _BEHIND_SECONDS = 1.0  # lag that is told; below half of it, that it is over
 _QUEUE_SECONDS = 30.0  # audio that may wait for a slow recognizer before it is dropped and counted
+_FILES = (b"RIFF", b"RF64", b"fLaC", b"OggS", b"ID3")  # how recordings in files begin
 _DEAD_SECONDS = 5.0  # without any audio: not even a quiet room is so silent
 
 
@@ -86,7 +87,7 @@ class PipeSource:
         """Blocks of a tenth of a second, until the pipe ends; empty ones while nothing comes, so that Ctrl-C is heard.
 
         Raises:
-            AsrError: it ends before the first sample.
+            AsrError: it ends before the first sample, or begins as a file does.
         """
         size, held, heard, ended = 2 * round(_BLOCK_SECONDS * self.sample_rate), b"", False, False
         while not ended:
@@ -95,6 +96,11 @@ class PipeSource:
                 held, ended = held + data, not data
             else:
                 yield Block(samples=np.zeros(0, np.float32), captured=time.monotonic())
+            if not heard and held.startswith(_FILES):
+                raise AsrError(
+                    f"what comes through the pipe begins with {held[:4].decode()!r}: a file, not samples; name the "
+                    "file, or send it as samples (ffmpeg -i FILE -f s16le -ac 1 -ar 16000 -)"
+                )
             if len(held) == size or (ended and len(held) > 1):
                 samples, held, heard = np.frombuffer(held, "<i2", len(held) // 2), b"", True
                 yield Block(samples=to_float(samples.astype(np.int16)), captured=time.monotonic())

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +11,8 @@ from typing import Any
 
 from asr.config import TrainConfig, from_dict, to_toml
 from asr.errors import AsrError, ConfigError
-from asr.files import write_atomically
+from asr.files import replace_folder, write_atomically
+from asr.runtime.folder import LM_FOLDER, NEXT_WORD_FOLDER
 
 _ATTEMPTS = 3  # that get no further than the one before
 _RESIZE_SECONDS = 10.0  # between looks for workers to take back
@@ -58,7 +60,18 @@ def train(
 
     write_graphs(network)
     _write_card(config, run)
+    if config.init_from and not config.new_tokens:
+        _take_language_models(Path(config.init_from).parent, run / "model")
     return run / "model"
+
+
+def _take_language_models(start: Path, model: Path) -> None:
+    """Search with those of the model that the training started from, unless there are others already."""
+    for name in (LM_FOLDER, NEXT_WORD_FOLDER):
+        if (start / name).is_dir() and not (model / name).exists():
+            temporary = model / f".{name}.tmp-{os.getpid()}"
+            shutil.copytree(start / name, temporary)
+            replace_folder(temporary, model / name)
 
 
 def _write_card(config: TrainConfig, run: Path) -> None:

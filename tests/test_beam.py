@@ -390,6 +390,17 @@ def test_silence_is_no_word_to_either() -> None:
     assert text(decoder.finish()[0].tokens, (*TOKENS, "w")) == ""
 
 
+@pytest.mark.parametrize(("loudness", "heard"), [(0.5, ""), (0.95, "bee")])
+def test_what_sounds_a_little_like_a_word_is_silence(loudness: float, heard: str) -> None:
+    log_probs = both("_" * 8, " ".join("_" * 8), 0.95)
+    for frame, phone in ((2, "B"), (4, "IY")):
+        said = log_probs[frame, len(TOKENS) + 1 :]
+        said[0], said[PHONES.index(phone)] = math.log(0.97 - loudness), math.log(loudness)
+    decoder = phone_search(phone_share=1.0)()
+    decoder.accept(log_probs)
+    assert text(decoder.finish()[0].tokens, (*TOKENS, "w")) == heard
+
+
 def test_a_next_word_model_weighs_what_the_searches_found(tmp_path: Path) -> None:
     """The n-grams know both words alike; the network has only ever read one of them after "not"."""
     torch.manual_seed(0)

@@ -61,7 +61,7 @@ def test_json_has_the_shape_of_whisper() -> None:
     whisper = {"id", "seek", "start", "end", "text", "tokens", "temperature", "avg_logprob"}
     assert first.keys() == whisper | {"compression_ratio", "no_speech_prob", "words"}
     assert (first["id"], second["id"]) == (0, 1)
-    assert (second["start"], second["end"]) == (3661.0, 3663.0004)
+    assert (second["start"], second["end"]) == (3661.0, 3663.0)  # to the millisecond
     assert first["avg_logprob"] == pytest.approx(-0.6931, abs=1e-4)
     assert first["words"][0] == {"word": " hello", "start": 0.5, "end": 1.0, "probability": 0.5}
     assert "".join(w["word"] for s in result["segments"] for w in s["words"]).strip() == result["text"]
@@ -105,6 +105,7 @@ def test_long_segments_are_cut_into_subtitles_that_can_be_read(shapes: list[tupl
     shown = [line for cue in cues for line in cue.split("\n")[2:]]
     assert " ".join(shown).split() == [w.text for w in words]
     assert all(len(line) <= 42 for line in shown)
+    assert all(len(cue.split("\n")) <= 4 for cue in cues)  # number, times, two lines
     end_before = -1
     for cue in cues:
         start, end = (_milliseconds(t) for t in cue.split("\n")[1].split(" --> "))

@@ -51,6 +51,11 @@ def test_kana_are_learnt_decoded_and_scored(tmp_path: Path) -> None:
         augment=dataclasses.replace(config.augment, speeds=(1.0,)),
     )
     model = train(config, tmp_path / "run", workers=0)
+    (model / "lm").mkdir()
+    (model / "lm" / "lm.arpa").write_text("of the model that it starts from")
+    further = dataclasses.replace(config, init_from=str(model / "offline"))
+    further = dataclasses.replace(further, training=dataclasses.replace(config.training, epochs=1))
+    assert (train(further, tmp_path / "further", workers=0) / "lm" / "lm.arpa").read_text().startswith("of the model")
     recognizer = Recognizer.load(model)
     rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
     errors = characters = 0

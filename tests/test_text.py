@@ -17,7 +17,9 @@ from asr.text import Tokenizer, normalize
         ("don’t 'quote' me", "don't quote me"),
         ("well-known and/or", "well known and or"),
         ("ＦＵＬＬ width", "full width"),
-        ("Größe", "grösse"),
+        ("GRÖßE der STRAẞE", "größe der straße"),
+        ("ΕΛΛΆΣ", "ελλάς"),
+        ("İstanbul", "istanbul"),
         ("こんにちは、世界。", "こんにちは 世界"),
         ("\tline\nbreak ", "line break"),
         ("inter\u00adview\u200bwith \u200eher", "interview with her"),  # a soft hyphen, a zero-width space, a direction

@@ -37,6 +37,7 @@ _LETTERS_CANDIDATES = 5
 _CANDIDATES = 20  # of each search, that are weighed by tokens and phones
 # A word without a pronunciation: any phones will do, so many for a letter, each a little worse than the likeliest one.
 _PHONES_PER_LETTER, _ANY_PHONE = 0.85, -1.0
+_SILENCE = 4.0  # natural log: a text must be so much likelier than that nobody spoke; noises sound like short words
 _NO_WORD = -1
 _WAYS = 4  # of a text's pronunciations, that are tried
 
@@ -348,8 +349,9 @@ class BeamDecoder:
                 for found in by_tokens.finish(nbest)
             ]
         found = by_tokens.finish(_LETTERS_CANDIDATES if by_phones else _CANDIDATES)
-        texts = sorted({f.words for f in (*found, *(f for running in by_phones for f in running.finish(_CANDIDATES)))})
-        weighed = self._search.weigh(log_probs + self._search.offsets, texts)
+        found += (f for running in by_phones for f in running.finish(_CANDIDATES))
+        weighed = self._search.weigh(log_probs + self._search.offsets, sorted({(), *(f.words for f in found)}))
+        weighed[()] += _SILENCE
         possible = sorted((words for words in weighed if weighed[words] > -np.inf), key=lambda words: -weighed[words])
         return [
             Hypothesis((*self.written, *self._aligned(log_probs, words, agreement(words, weighed))), weighed[words])

@@ -13,6 +13,8 @@ DEFAULT_BOOST = 5.0
 def read_hot_words(path: str | Path) -> dict[str, float]:
     """The phrases of a file, a line each, with their boosts: `phrase`, or `phrase :boost` (as sherpa-onnx has it).
 
+    A line that begins with # is a comment.
+
     Raises:
         ConfigError: the file cannot be read, or a line that is neither.
     """
@@ -28,7 +30,7 @@ def read_hot_words(path: str | Path) -> dict[str, float]:
             value = float(boost)
         except ValueError:
             raise ConfigError(f"{path}, line {number}: {boost!r} is no boost; write `phrase :5.0`") from None
-        if phrase.strip():
+        if phrase.strip() and not line.startswith("#"):
             found[phrase.strip()] = value
     return found
 

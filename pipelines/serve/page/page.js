@@ -52,11 +52,16 @@ const handlers = {
 
 function clear() {
   $("finals").replaceChildren();
+  $("count").textContent = "0";
+  $("copy").disabled = $("clear").disabled = true;
+  startAnew();
+}
+
+/** What was said before stays: only Clear takes it away. */
+function startAnew() {
   $("partial").textContent = "";
   $("heard").textContent = "0.0 s";
   $("lag").textContent = "–";
-  $("count").textContent = "0";
-  $("copy").disabled = $("clear").disabled = true;
   wave.clear();
 }
 
@@ -114,11 +119,12 @@ async function read(file) {
 /** Runs one session from its first sound to its last word, whatever goes wrong. */
 async function run(work) {
   if (running) return;
-  clear();
+  startAnew();
+  const before = $("finals").childElementCount;
   show(() => {});
   try {
     await work();
-    say($("finals").childElementCount ? "Done." : "Done. Nothing was said.");
+    say($("finals").childElementCount > before ? "Done." : "Done. Nothing was said.");
   } catch (error) {
     say(error.name === "NotAllowedError" ? "The microphone was not allowed." : error.message, "error");
     if (error.code === "unauthorized") {
