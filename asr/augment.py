@@ -10,6 +10,7 @@ import torchaudio
 from asr.config import AugmentConfig
 
 SAMPLE_RATE = 16_000
+_SPEED_STEPS = 160  # to a speed of 1: with finer ones the resampler's filter gets long
 
 
 def changes_waveform(config: AugmentConfig) -> bool:
@@ -26,14 +27,19 @@ def changes_waveform(config: AugmentConfig) -> bool:
 
 def draw_speed(config: AugmentConfig, rng: np.random.Generator) -> float:
     """The speed at which an utterance will be played."""
-    return float(rng.choice(config.speeds))
+    return playable(float(rng.choice(config.speeds)))
+
+
+def playable(speed: float) -> float:
+    """The speed at which `change_speed` plays where it is asked for `speed`."""
+    return round(speed * _SPEED_STEPS) / _SPEED_STEPS
 
 
 def change_speed(audio: torch.Tensor, speed: float) -> torch.Tensor:
     """Play (samples,) faster or slower; pitch changes with it (Ko et al. 2015)."""
     if speed == 1.0:
         return audio
-    return torchaudio.functional.resample(audio, round(SAMPLE_RATE * speed / 100), SAMPLE_RATE // 100)
+    return torchaudio.functional.resample(audio, round(speed * _SPEED_STEPS), _SPEED_STEPS)
 
 
 def draw_lead(config: AugmentConfig, rng: np.random.Generator) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tones import row, tone_config
+from tones import row, tone_config, write_corpus
 
 from asr.config import FeatureConfig
 from asr.errors import ConfigError
@@ -16,7 +16,7 @@ from asr.models import load_network
 from asr.training.align import SILENCE, align
 from asr.training.data import EDGE_SAMPLES, UNKNOWN, Corpus, Loader, Plan
 from asr.training.loop import run_training
-from asr.training.shards import STATES, ShardDataset, write_shard
+from asr.training.shards import STATES, ShardDataset, write_alignment, write_shard
 
 WORDS = ("see", "low", "may", "new", "key", "toe")
 PITCH = {p: 180.0 * 1.28**i for i, p in enumerate(sorted({p for w in WORDS for p in phones_of(w).split()}))}
@@ -145,6 +145,49 @@ def test_the_network_learns_them_and_is_kept_with_them(aligned: tuple[Path, list
         tone_config(aligned[0], epochs=1), init_from=str(tmp_path / "run" / "model" / "offline")
     )
     assert load_network(run_training(again, tmp_path / "again")).state_output is None
+
+
+def test_an_alignment_of_other_rows_is_refused(tmp_path: Path) -> None:
+    """Also where there are as many; one of before it was kept whose it is, where the lengths differ."""
+    folder = write_corpus(tmp_path / "d", rows=8)
+    align(folder)
+    file = folder / "alignment.npz"
+    with np.load(file) as kept:
+        before = {name: kept[name] for name in ("labels", "ends", "phones")}
+    (folder / "shard-00000.arrow").unlink()
+    other = write_corpus(tmp_path / "other", rows=8, seed=1)
+    (other / "shard-00000.arrow").rename(folder / "shard-00000.arrow")
+    with pytest.raises(ConfigError, match=r"alignment.npz: of other data; run `asr align .*d` again"):
+        ShardDataset(folder)
+    np.savez(file, **before)
+    with pytest.raises(ConfigError, match="of other data"):
+        ShardDataset(folder)
+    align(folder)
+    with np.load(file) as kept:
+        np.savez(file, **{name: kept[name] for name in before})
+    assert len(ShardDataset(folder).alignment(0))
+
+
+def test_a_run_refuses_to_go_on_with_another_alignment(tmp_path: Path) -> None:
+    config = tone_config(write_corpus(tmp_path / "d", rows=6), epochs=1, alignment_weight=1.0)
+    align(tmp_path / "d")
+    run_training(config, tmp_path / "run")
+    run_training(config, tmp_path / "run")
+    dataset = ShardDataset(tmp_path / "d")
+    labels = [dataset.alignment(i)[::-1] for i in range(6)]
+    write_alignment(tmp_path / "d", dataset.aligned_phones, labels)
+    with pytest.raises(ConfigError, match=r"alignment.npz: was aligned anew since .*run was started"):
+        run_training(config, tmp_path / "run")
+    known = json.loads((tmp_path / "run" / "data.json").read_text())
+    (tmp_path / "run" / "data.json").write_text(json.dumps({str(tmp_path / "d"): known[str(tmp_path / "d")]}))
+    run_training(config, tmp_path / "run")  # started before it was kept
+
+
+def test_an_utterance_too_long_for_the_memory_is_left_out(tmp_path: Path) -> None:
+    long = row("long", "low " * 700, np.zeros(16_000 * 600))
+    folder = write_corpus(tmp_path / "d", rows=3, extra=[long])
+    assert align(folder) == 3 / 4
+    assert len(ShardDataset(folder).alignment(3)) == 0
 
 
 def test_features_alone_cannot_be_aligned(aligned: tuple[Path, list[list[str]]], tmp_path: Path) -> None:

@@ -65,6 +65,17 @@ def test_two_workers_give_the_curve_of_one(tmp_path: Path) -> None:
     assert abs(scores[0] - scores[1]) <= 1e-3 * scores[0]
 
 
+def test_ranks_agree_on_the_checkpoint_before_a_damaged_one(tmp_path: Path) -> None:
+    folder, run = write_corpus(tmp_path / "d", rows=12), tmp_path / "run"
+    config = tone_config(folder, epochs=1, checkpoint_steps=1, batch_seconds=6.0)
+    in_two_processes(_train_two, config, run)
+    undisturbed, (before, newest) = losses(run), sorted((run / "checkpoints").iterdir())
+    (newest / "random.safetensors").write_bytes(b"")
+    in_two_processes(_train_two, config, run)
+    assert f"continuing from {before.name}, as {newest.name}" in log_rows(run, "start")[-1]["text"]
+    assert losses(run) == undisturbed
+
+
 def _meet_one_that_is_gone(rank: int, told: Path, inside: bool) -> None:
     ranks = Ranks(rank, 2, torch.device("cpu"), 60.0)
     assert ranks.gather([float(rank)]) == [[0.0], [1.0]]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import resource
 import shutil
 import signal
@@ -64,6 +65,48 @@ def test_a_killed_run_goes_on_step_by_step_as_if_undisturbed(tmp_path: Path) -> 
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
+def test_a_second_training_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    config = tone_config(write_corpus(tmp_path / "d", rows=6), epochs=1)
+    refused = rf"run: another training \(process {os.getpid()}\) is writing there; wait for it, or give another --out"
+
+    def start_another(metrics: dict) -> None:
+        with pytest.raises(AsrError, match=refused):
+            run_training(config, tmp_path / "run")
+
+    run_training(config, tmp_path / "run", report=start_another)
+    run_training(config, tmp_path / "run")  # the first is done
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path: Path) -> None:
+    config, run = tone_config(write_corpus(tmp_path / "d", rows=30), checkpoint_steps=1), tmp_path / "run"
+    run_training(config, run)
+    undisturbed, (before, newest) = losses(run), sorted((run / "checkpoints").iterdir())
+    (newest / "progress.json").write_bytes(b"")  # as after a power loss
+    run_training(config, run)
+    told = log_rows(run, "start")[-1]["text"]
+    assert told.endswith(f"; continuing from {before.name}, as {newest.name} cannot be read")
+    assert len(log_rows(run, "step")) == len(undisturbed) + 1 and losses(run) == undisturbed
+    for path in (before, newest):
+        (path / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(AsrError, match=f"{newest.name}: cannot continue from this checkpoint"):
+        run_training(config, run)
+
+
+def test_what_a_run_goes_on_from_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, fsync = set(), os.fsync
+
+    def remember(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", remember)
+    run = tmp_path / "run"
+    run_training(tone_config(write_corpus(tmp_path / "d", rows=6), epochs=1), run)
+    kept = [path for name in ("checkpoints", "best", "epochs") for path in (run / name).rglob("*")]
+    assert len(kept) > 8
+    assert all(path.stat().st_ino in synced for path in (*kept, run / "checkpoints", run / "config.toml", run))
+
+
 def test_a_run_refuses_another_configuration(tmp_path: Path) -> None:
     folder = write_corpus(tmp_path / "d", rows=6)
     run_training(tone_config(folder, epochs=1), tmp_path / "run")
@@ -111,6 +154,15 @@ def test_without_tuning_data_the_average_is_kept(tmp_path: Path) -> None:
     assert np.exp(network.log_priors).sum() == pytest.approx(1.0, abs=1e-3)  # measured at the end
     end = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert end["text"] == "no tuning data (data.dev): the mean of the last 2 epochs is kept"
+
+
+def test_priors_are_of_the_speech_that_was_trained_on(tmp_path: Path) -> None:
+    long = row("long", "low", 0.1 * np.random.default_rng(0).standard_normal(16_000 * 21))
+    priors = []
+    for name, extra in (("without", []), ("with", [long])):
+        config = changed(tone_config(write_corpus(tmp_path / name, rows=6, extra=extra), epochs=1), "data", dev=())
+        priors.append(load_network(run_training(config, tmp_path / f"run_{name}")).log_priors)
+    np.testing.assert_array_equal(*priors)
 
 
 def test_data_of_other_features_is_refused(tmp_path: Path) -> None:

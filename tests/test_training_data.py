@@ -10,11 +10,13 @@ import torch.distributed
 import torch.multiprocessing
 from tones import WORDS, changed, row, tone_config, write_corpus
 
+from asr.augment import change_speed
 from asr.errors import ConfigError
+from asr.files import write_atomically
 from asr.text import Tokenizer
 from asr.training.data import Corpus, Loader, Sampler, frames_needed
 from asr.training.loop import Trainer
-from asr.training.shards import ShardDataset
+from asr.training.shards import ShardDataset, write_shard
 
 
 def test_shards_give_back_what_was_written(tmp_path: Path) -> None:
@@ -24,6 +26,15 @@ def test_shards_give_back_what_was_written(tmp_path: Path) -> None:
     assert set(" ".join(dataset.texts).split()) <= set(WORDS)
     with pytest.raises(ConfigError, match="asr prepare"):
         ShardDataset(tmp_path / "nowhere")
+
+
+def test_what_could_not_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):
+        write_atomically(tmp_path / "folder", "a file cannot take the place of a folder")
+    with pytest.raises(TypeError):
+        write_shard(tmp_path / "shard.arrow", [{"id": 1}])
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_every_usable_utterance_is_in_an_epoch_once(tmp_path: Path) -> None:
@@ -54,6 +65,19 @@ def test_what_cannot_be_learnt_is_left_out_and_counted(tmp_path: Path) -> None:
         other = write_corpus(tmp_path / "f", rows=0, extra=[row("new", "höhe", audio)])
         Trainer(changed(config, "data", dev=(str(other),)), tmp_path / "run")
     assert frames_needed([1, 2, 2, 3]) == 5
+
+
+def test_speeds_are_those_that_are_played(tmp_path: Path) -> None:
+    """In between, the lengths of batches and the places of aligned phones would be others than the sound's."""
+    usual = (0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15)
+    config = tone_config(write_corpus(tmp_path / "d"))
+    corpus = Corpus(config.data.train)
+    for speeds, played in ((usual, set(usual)), ((0.955,), {0.95625})):
+        plans = Sampler(corpus, changed(config, "augment", speeds=speeds), 640).epoch(0)
+        assert {speed for plan in plans for speed in plan.speeds} == played
+    sound = torch.zeros(16_000)
+    sound[8_000] = 1.0
+    assert int(change_speed(sound, 0.95625).argmax()) == round(8_000 / 0.95625)
 
 
 def test_the_curriculum_starts_with_short_utterances(tmp_path: Path) -> None:

@@ -17,13 +17,15 @@ from asr.config import FeatureConfig
 from asr.errors import ConfigError
 from asr.features import LogMel
 from asr.lexicon import phones_of
-from asr.training.shards import STATES, ShardDataset, write_alignment
+from asr.training.shards import LABEL_SAMPLES, STATES, ShardDataset, write_alignment
 
 SILENCE = "<silence>"
 _CEPSTRA = 13
 _FLAT_ITERATIONS, _ITERATIONS, _SPLITS = 8, 4, 2  # with one Gaussian a state; after each split; doublings of them
 _VARIANCE_FLOOR = 0.01  # of the variance of all frames
 _TRAINING_HOURS = 2.0  # enough for five hundred Gaussians; the rest is aligned once, at the end
+_MOST_BYTES = 1e9  # for an utterance: about five minutes of speech
+_FRAME_BYTES = 7_000  # that the making of a frame's features takes
 
 Told = Callable[[str], None]
 
@@ -36,12 +38,13 @@ def align(folder: str | Path, told: Told = lambda line: None) -> float:
         told: is given a line on each step.
 
     Returns:
-        The share of rows that could be aligned: a text with more phones than its audio has room for cannot.
+        The share of rows that could be aligned: a text with more phones than its audio has room for cannot, nor
+        an utterance that would take too much memory.
 
     Raises:
         ConfigError: no prepared data, or none that can be aligned.
     """
-    dataset = ShardDataset(folder)
+    dataset = ShardDataset(folder, aligned=False)
     if dataset.info["store"] != "audio":
         raise ConfigError(f"{folder}: holds features alone; alignment needs audio: `asr prepare --store audio`")
     rows = range(len(dataset))
@@ -49,7 +52,9 @@ def align(folder: str | Path, told: Told = lambda line: None) -> float:
     phones = {name: i for i, name in enumerate((SILENCE, *names))}
     graphs = [_Graph(text, phones) for text in dataset.texts]
     told(f"{len(rows)} utterances, {len(phones)} phones")
-    features = [_mfcc(dataset, row) for row in rows]
+    nothing = np.zeros((0, 3 * _CEPSTRA), np.float32)
+    frames = (dataset.n_samples // LABEL_SAMPLES).tolist()
+    features = [_mfcc(dataset, row) if graphs[row].is_small(frames[row]) else nothing for row in rows]
     _subtract_speaker_means(features, dataset.speakers)
 
     order = np.random.default_rng(0).permutation(len(dataset)).tolist()
@@ -58,7 +63,10 @@ def align(folder: str | Path, told: Told = lambda line: None) -> float:
         row for row in order[: int(np.searchsorted(hours, _TRAINING_HOURS)) + 1] if graphs[row].fits(features[row])
     ]
     if not chosen:
-        raise ConfigError(f"{folder}: none of {len(rows)} utterances has text and enough audio for its phones")
+        raise ConfigError(
+            f"{folder}: none of {len(rows)} utterances can be aligned: they lack text, or audio for its phones, or are "
+            "longer than some minutes"
+        )
     model = _Mixtures.flat(np.concatenate([features[row] for row in chosen]), len(phones) * STATES)
     labels = [graphs[row].uniform(len(features[row])) for row in chosen]
     for split in range(_SPLITS + 1):
@@ -74,7 +82,7 @@ def align(folder: str | Path, told: Told = lambda line: None) -> float:
     for row in rows:
         path, _ = graphs[row].best_path(model.log_likelihoods(features[row]))
         joined.append(path if path is not None else np.zeros(0, np.uint8))
-    write_alignment(folder, list(phones), joined)
+    write_alignment(folder, list(phones), joined, dataset.row_hash)
     return float(np.mean([len(path) > 0 for path in joined]))
 
 
@@ -93,6 +101,10 @@ class _Graph:
         self.states = np.array(states, np.int64)
         self.skips = np.array(skips, np.int64)  # a second predecessor of each state, or -1
         self.spoken = self.states >= STATES
+
+    def is_small(self, frames: int) -> bool:
+        """Whether memory does for the features of so many frames and the search for their path."""
+        return frames * (2 * len(self.states) + _FRAME_BYTES) <= _MOST_BYTES
 
     def fits(self, features: np.ndarray) -> bool:
         """Whether there is a frame for every state that must be passed."""

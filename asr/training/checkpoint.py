@@ -1,10 +1,11 @@
 """Checkpoints that restore a run exactly: weights, optimiser, position in the data, random states.
 
 Tensors are stored as safetensors and the rest as JSON: loading never unpickles. A checkpoint is written under a
-temporary name and renamed, so the newest complete one is always whole.
+temporary name, synced and renamed, so the newest is whole; where a disk loses it nevertheless, there is one before.
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def save_checkpoint(
         progress: anything JSON holds: the position in the data, the best score, counters.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".step-{step:08d}.tmp"
+    temporary = folder / f".step-{step:08d}.tmp-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     save_file(_owned(network.state_dict()), temporary / "weights.safetensors")

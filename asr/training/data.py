@@ -21,6 +21,7 @@ from asr.augment import (
     draw_lead,
     draw_masks,
     draw_speed,
+    playable,
 )
 from asr.config import TrainConfig
 from asr.errors import ConfigError, TextError
@@ -28,12 +29,11 @@ from asr.features import FLOOR
 from asr.lexicon import phones_of
 from asr.text import Tokenizer
 from asr.training.pieces import pieces
-from asr.training.shards import STATES, ShardDataset, Statistics
+from asr.training.shards import LABEL_SAMPLES, STATES, ShardDataset, Statistics
 
 EDGE_SAMPLES = SAMPLE_RATE // 4  # 250 ms of silence before and after: short words need frames to be written on
 _GRID = SAMPLE_RATE * 32 // 100  # batch lengths are rounded up to this: each new shape costs oneDNN a set-up
 UNKNOWN = -1  # the phone state of a frame that was not aligned
-_LABEL_SAMPLES = SAMPLE_RATE // 100  # to a frame of the alignment
 _DELAY = 2  # frames: a network without a future names a phone's states so late, when it has heard them
 _ORDER, _ROW, _SILENCE, _LEAD = 0, 1, 2, 3  # streams of random numbers
 
@@ -137,8 +137,8 @@ class Corpus:
                     self.where.append((d, row, span))
                     self.phone_ids.append([ids[p] for p in part_phones.split() if p in ids])
                     sources.append(dataset.sources[row])
-                    end = int(dataset.n_samples[row]) if span.stop is None else span.stop * _LABEL_SAMPLES
-                    lengths.append(end - (span.start or 0) * _LABEL_SAMPLES)
+                    end = int(dataset.n_samples[row]) if span.stop is None else span.stop * LABEL_SAMPLES
+                    lengths.append(end - (span.start or 0) * LABEL_SAMPLES)
         self.sources = np.array(sources)
         aligned = [dataset.aligned_phones for dataset in self.datasets]
         union = sorted({phone for phones in aligned for phone in phones})
@@ -176,7 +176,7 @@ class Corpus:
     def audio(self, index: int) -> torch.Tensor:
         """Samples of an utterance: (samples,) float32 in [-1, 1)."""
         d, row, span = self.where[index]
-        first = (span.start or 0) * _LABEL_SAMPLES
+        first = (span.start or 0) * LABEL_SAMPLES
         samples = self.datasets[d].audio(row)[first : first + self.n_samples[index]]
         return torch.from_numpy(samples.astype(np.float32) / 32768)
 
@@ -227,10 +227,9 @@ class Sampler:
 
     def __init__(self, corpus: Corpus, config: TrainConfig, stride: int) -> None:
         self.corpus, self.config = corpus, config
-        slowest = min(config.augment.speeds)
-        fastest = max(config.augment.speeds)
+        fastest = max(map(playable, config.augment.speeds))
         need = np.array([frames_needed(tokens) for tokens in corpus.tokens], dtype=np.int64)
-        long = corpus.n_samples / slowest > config.data.max_seconds / slowest * SAMPLE_RATE
+        long = corpus.n_samples > config.data.max_seconds * SAMPLE_RATE
         dense = need > (corpus.n_samples / fastest + 2 * EDGE_SAMPLES) // stride
         empty = np.array([not tokens for tokens in corpus.tokens], dtype=bool)
         self.usable = np.flatnonzero(~long & ~dense & ~empty)
@@ -393,10 +392,15 @@ class Loader:
         return torch.from_numpy(np.roll(samples, -start).astype(np.float32) / 32768)
 
 
-def tuning_plan(corpus: Corpus, minutes: float, seconds: float) -> list[Plan]:
-    """Read about `minutes` of a corpus, evenly picked, unchanged, shortest first, in batches of `seconds`."""
-    step = max(round(corpus.n_samples.sum() / SAMPLE_RATE / 60 / minutes), 1)
-    picked = np.arange(0, len(corpus), step)
+def tuning_plan(corpus: Corpus, minutes: float, seconds: float, rows: np.ndarray | None = None) -> list[Plan]:
+    """Read about `minutes` of a corpus, evenly picked, unchanged, shortest first, in batches of `seconds`.
+
+    Args:
+        rows: those to pick from; None: all.
+    """
+    rows = np.arange(len(corpus)) if rows is None else rows
+    step = max(round(corpus.n_samples[rows].sum() / SAMPLE_RATE / 60 / minutes), 1)
+    picked = rows[::step]
     order = picked[np.argsort(corpus.n_samples[picked], kind="stable")]
     plans, start = [], 0
     for end in range(1, len(order) + 1):

@@ -14,7 +14,7 @@ from asr.augment import SAMPLE_RATE
 from asr.config import NetworkConfig, TrainConfig
 from asr.decoding.greedy import GreedyDecoder
 from asr.decoding.transducer import TransducerSearch
-from asr.errors import AsrError, ConfigError
+from asr.errors import AsrError, ConfigError, ModelError
 from asr.models import FORMAT_VERSION, Network, load_network
 from asr.nn.layer import valid
 from asr.text import Tokenizer
@@ -54,8 +54,8 @@ def run_training(
         The network's folder.
 
     Raises:
-        AsrError: data, configuration or checkpoint are not usable, `run` cannot be written, the loss stays
-            non-finite, or (RankError) another rank is gone.
+        AsrError: data, configuration or checkpoints are not usable, `run` cannot be written, the loss stays
+            non-finite, or (RankError) another rank is gone, or another training has `run`.
     """
     return Trainer(config, run, rank=rank, world=world, device=device).train(report)
 
@@ -126,9 +126,9 @@ class Trainer:
             )
         return trigrams(self.corpus.phone_ids, phones)
 
-    def _newest_checkpoint(self) -> Path | None:
+    def _newest_checkpoint(self, before: Path | None = None) -> Path | None:
         """What rank 0 sees: another rank may see a shared folder as it was a moment ago."""
-        found = checkpoints(self.run / "checkpoints")
+        found = [path for path in checkpoints(self.run / "checkpoints") if before is None or path < before]
         own = int(found[-1].name.partition("-")[2]) if found else -1
         step = int(self.ranks.gather([own])[0][0])
         return self.run / "checkpoints" / f"step-{step:08d}" if step >= 0 else None
@@ -171,14 +171,12 @@ class Trainer:
 
     def train(self, report: Report | None = None) -> Path:
         """All that is left of the run; gives the network's folder."""
-        if self.checkpoint:
-            path = self.checkpoint
-            kept = load_checkpoint(path, self.network, self.optimizer, self.ranks.rank, self.device)
-            self.step = kept.pop("step")
-            self.progress |= kept
-        self.record.begin(self.config, self.network, resumed=self.checkpoint is not None)
         with self.record:
+            damaged = self._restore()
+            self.record.begin(self.config, self.network, resumed=self.checkpoint is not None, damaged=damaged)
             text = self.description + (f"; continuing from {self.checkpoint.name}" if self.checkpoint else "")
+            if damaged:
+                text += f", as {' and '.join(path.name for path in damaged)} cannot be read"
             workers = ", ".join(self.ranks.names)
             self.record.log("start", self.step, text=text, total=sum(self.steps_in), workers=workers)
             while self.progress["epoch"] < self.config.training.epochs and not self._out_of_patience():
@@ -188,6 +186,33 @@ class Trainer:
                 if report:
                     report(metrics)
             return self._finish()
+
+    def _restore(self) -> list[Path]:
+        """Take up the newest checkpoint that all ranks can read; gives the newer ones, which they cannot.
+
+        Raises:
+            ModelError: there are checkpoints, and none can be read.
+        """
+        damaged: list[Path] = []
+        first: ModelError | None = None
+        path = self._newest_checkpoint()
+        while path:
+            kept, error = {}, None
+            try:
+                kept = load_checkpoint(path, self.network, self.optimizer, self.ranks.rank, self.device)
+            except ModelError as reason:
+                error = reason
+            if not any(failed for [failed] in self.ranks.gather([error is not None])):
+                self.step = kept.pop("step")
+                self.progress |= kept
+                break
+            first = first or error or ModelError(f"{path}: another rank cannot continue from this checkpoint")
+            damaged.append(path)
+            path = self._newest_checkpoint(before=path)
+        if first and not path:
+            raise first
+        self.checkpoint = path
+        return damaged
 
     def _epoch(self, epoch: int) -> None:
         training = self.config.training
@@ -348,7 +373,8 @@ class Trainer:
         self.network.eval()
         loader = Loader(self.corpus, self.config, self.config.features.hop, augment=False)
         total, count = torch.zeros(()), 0
-        for plan in tuning_plan(self.corpus, _PRIOR_MINUTES, self.config.training.batch_seconds):
+        seconds = self.config.training.batch_seconds
+        for plan in tuning_plan(self.corpus, _PRIOR_MINUTES, seconds, self.sampler.usable):
             batch = loader.batch(plan, 0).to(self.device)
             log_probs, frames, auxiliary = self.network.read_features(*features_of(self.network, batch))
             phones = auxiliary.get("final phones", log_probs[..., :0])

@@ -22,7 +22,7 @@ _ANSWER = timedelta(seconds=10)  # for the store to tell who has arrived
 
 
 class RankError(AsrError):
-    """A rank died, or kept the others waiting for longer than the time limit: a new start may mend it."""
+    """A rank died, kept the others waiting for too long, or still holds the run's folder: a new start may mend it."""
 
 
 class Ranks:

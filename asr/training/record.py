@@ -16,16 +16,19 @@ from torch.utils.tensorboard import SummaryWriter
 
 from asr.config import TrainConfig, to_toml
 from asr.errors import AsrError
-from asr.files import write_atomically
+from asr.files import replacing, write_atomically
 from asr.models import Network, save_network
 from asr.training.checkpoint import checkpoints, save_checkpoint
 from asr.training.display import Display
 from asr.training.optimizer import Optimizer
+from asr.training.ranks import RankError
 from asr.training.start import fingerprints
 
 
 class Record:
-    """Writes a run's folder and shows its log; a context manager around the steps. Only rank 0's does anything.
+    """Writes a run's folder and shows its log; a context manager around the training. Only rank 0's does anything.
+
+    It keeps other trainings out of the folder: they would overwrite each other's checkpoints.
 
     Where the folder cannot be written (the disk is full, say), every method raises an AsrError that names the
     checkpoint to go on from.
@@ -36,35 +39,36 @@ class Record:
         self._display = Display(quiet=not self.on)
         self._open = ExitStack()
 
-    def begin(self, config: TrainConfig, network: Network, *, resumed: bool) -> None:
-        """Write down what the run is about."""
+    def __enter__(self) -> "Record":
+        if self.on:
+            with self._writing():
+                self.run.mkdir(parents=True, exist_ok=True)
+                self._open.enter_context(_locked(self.run))
+                _drop_unfinished_line(self.run / "log.jsonl")
+                self._log = self._open.enter_context(open(self.run / "log.jsonl", "a", encoding="utf-8"))
+        return self
+
+    def begin(self, config: TrainConfig, network: Network, *, resumed: bool, damaged: list[Path]) -> None:
+        """Write down what the run is about, and take away checkpoints that could not be read."""
+        self._open.enter_context(self._display)
         if not self.on:
             return
         with self._writing():
-            self.run.mkdir(parents=True, exist_ok=True)
+            for path in damaged:
+                shutil.rmtree(path, ignore_errors=True)
             self._remove_unfinished()
             write_atomically(self.run / "config.toml", to_toml(config))
             write_atomically(self.run / "data.json", json.dumps(fingerprints(config), indent=1) + "\n")
             if not resumed:
                 network.tokenizer.save(self.run / "tokens.txt")
-
-    def __enter__(self) -> "Record":
-        if self.on:
-            with self._writing():
-                _drop_unfinished_line(self.run / "log.jsonl")
-                self._log = self._open.enter_context(open(self.run / "log.jsonl", "a", encoding="utf-8"))
-                # what a killed run drew past its last checkpoint is drawn again, over it
-                self._curves = SummaryWriter(str(self.run / "tensorboard"), purge_step=self._newest_step() + 1)
-        self._open.enter_context(self._display)
-        return self
+            # what a killed run drew past its last checkpoint is drawn again, over it
+            self._curves = SummaryWriter(str(self.run / "tensorboard"), purge_step=self._newest_step() + 1)
+            self._open.callback(self._curves.close)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with suppress(OSError):  # what cannot be flushed now was complained of already
-            if self.on:
-                self._curves.close()
-        with suppress(OSError):
             self._open.close()
 
     def log(self, kind: str, step: int, **values: float | str) -> None:
@@ -96,8 +100,8 @@ class Record:
         with self._writing():
             folder.mkdir(exist_ok=True)
             weights = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-            save_file(weights, folder / f".{epoch:04d}.tmp")
-            os.replace(folder / f".{epoch:04d}.tmp", folder / f"{epoch:04d}.safetensors")
+            with replacing(folder / f"{epoch:04d}.safetensors") as temporary:
+                save_file(weights, temporary)
             for old in self.epochs()[:-count]:
                 old.unlink()
 
@@ -134,6 +138,31 @@ class Record:
             found = checkpoints(self.run / "checkpoints")
             whole = f"checkpoints/{found[-1].name} is whole" if found else "there is no checkpoint yet"
             raise AsrError(f"{self.run}: cannot be written ({reason}); {whole}; make room and run again") from error
+
+
+@contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """Hold RUN/.lock; the system lets it go when the process dies.
+
+    Raises:
+        RankError: another training has it, or a worker of this one, which is about to be ended.
+    """
+    with open(run / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise RankError(
+                f"{run}: another training (process {file.read()}) is writing there; wait for it, or give another --out"
+            ) from error
+        except (ImportError, OSError):  # Windows, or a file system without locks: there it goes without
+            pass
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def _drop_unfinished_line(path: Path) -> None:

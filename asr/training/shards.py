@@ -1,7 +1,7 @@
 """Prepared data on disk: Arrow shards of utterances, and the reader that maps them into memory."""
 
+import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +10,12 @@ import numpy as np
 import pyarrow as pa
 
 from asr.errors import ConfigError
+from asr.files import replacing
 
 VERSION = 1
 ALIGNMENT_FILE = "alignment.npz"
 STATES = 3  # of an aligned phone, left to right: it lasts at least 30 ms
+LABEL_SAMPLES = 160  # to a frame of the alignment: 10 ms
 ROWS_PER_BATCH = 64
 SCHEMA = pa.schema(
     [
@@ -33,20 +35,29 @@ SCHEMA = pa.schema(
 def write_shard(path: str | Path, rows: Iterable[dict]) -> None:
     """Write `rows` (dicts of `SCHEMA`'s fields) as one uncompressed Arrow IPC file, atomically."""
     rows = list(rows)
-    temporary = Path(f"{path}.tmp-{os.getpid()}")
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+    with (
+        replacing(Path(path)) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, SCHEMA) as writer,
+    ):
         for start in range(0, len(rows), ROWS_PER_BATCH):
             writer.write_batch(pa.RecordBatch.from_pylist(rows[start : start + ROWS_PER_BATCH], SCHEMA))
-    os.replace(temporary, path)
 
 
-def write_alignment(folder: str | Path, phones: Sequence[str], labels: Sequence[np.ndarray]) -> None:
-    """Keep the alignment of a prepared folder's rows: (frames,) uint8 each, empty for a row without, atomically."""
-    path = Path(folder) / ALIGNMENT_FILE
-    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}.npz")  # numpy wants that ending
+def write_alignment(
+    folder: str | Path, phones: Sequence[str], labels: Sequence[np.ndarray], rows: str | None = None
+) -> None:
+    """Keep the alignment of a prepared folder's rows, atomically.
+
+    Args:
+        phones: their names.
+        labels: of each row, (frames,) uint8, empty for a row without.
+        rows: the hash of the rows that were aligned (ShardDataset.row_hash); None: those that are there.
+    """
+    rows = rows or ShardDataset(folder, aligned=False).row_hash
     ends = np.cumsum([len(row) for row in labels])
-    np.savez(temporary, labels=np.concatenate(labels), ends=ends, phones=np.array(phones))
-    os.replace(temporary, path)
+    with replacing(Path(folder) / ALIGNMENT_FILE) as temporary, temporary.open("wb") as file:
+        np.savez(file, labels=np.concatenate(labels), ends=ends, phones=np.array(phones), rows=np.array(rows))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +83,7 @@ class ShardDataset:
 
     Args:
         folder: what `asr prepare` wrote.
+        aligned: read what `asr align` found, where it was run.
 
     Attributes:
         n_samples: (n,) int64, length of each utterance in samples.
@@ -81,10 +93,10 @@ class ShardDataset:
         aligned_phones: names of the phones that `asr align` found in the rows; empty where it was not run.
 
     Raises:
-        ConfigError: the folder is missing, unfinished or of another version.
+        ConfigError: the folder is missing, unfinished or of another version, or its alignment is of other rows.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, aligned: bool = True) -> None:
         if "://" in str(folder):
             raise ConfigError(f"{folder}: training maps its data from a disk; copy the folder to one, and name that")
         self.folder = Path(folder)
@@ -114,12 +126,21 @@ class ShardDataset:
         self.speakers: list[str] = self._table["speaker"].to_pylist()
         self.sources: list[str] = self._table["source"].to_pylist()
         self.aligned_phones: tuple[str, ...] = ()
-        if (self.folder / ALIGNMENT_FILE).is_file():
-            with np.load(self.folder / ALIGNMENT_FILE) as kept:
-                self.aligned_phones = tuple(kept["phones"].tolist())
-                self._labels, self._label_ends = kept["labels"], kept["ends"]
-            if len(self._label_ends) != len(self.texts):
-                raise ConfigError(f"{self.folder / ALIGNMENT_FILE}: of other data; run `asr align {self.folder}` again")
+        if aligned and (self.folder / ALIGNMENT_FILE).is_file():
+            self._read_alignment(self.folder / ALIGNMENT_FILE)
+
+    def _read_alignment(self, path: Path) -> None:
+        with np.load(path) as kept:
+            self.aligned_phones = tuple(kept["phones"].tolist())
+            self._labels, self._label_ends = kept["labels"], kept["ends"]
+            rows = kept["rows"].item() if "rows" in kept else None
+        if rows is None:  # written before they were kept: their number and lengths must do
+            frames, wanted = np.diff(self._label_ends, prepend=0), self.n_samples // LABEL_SAMPLES
+            of_these = len(frames) == len(wanted) and bool(((frames == wanted) | (frames == 0)).all())
+        else:
+            of_these = rows == self.row_hash
+        if not of_these:
+            raise ConfigError(f"{path}: of other data; run `asr align {self.folder}` again")
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -129,6 +150,19 @@ class ShardDataset:
         """Statistics of the features of all rows."""
         info = self.info
         return Statistics(frames=info["frames"], mean=np.array(info["mean"]), variance=np.array(info["variance"]))
+
+    @property
+    def row_hash(self) -> str:
+        """Tells the rows from others: their ids, texts and lengths, in their order."""
+        return hashlib.sha256(json.dumps([self.ids, self.texts, self.n_samples.tolist()]).encode()).hexdigest()
+
+    @property
+    def alignment_hash(self) -> str:
+        """Tells the alignment from another; empty where there is none."""
+        if not self.aligned_phones:
+            return ""
+        parts = [" ".join(self.aligned_phones).encode(), self._label_ends.tobytes(), self._labels.tobytes()]
+        return hashlib.sha256(b"".join(parts)).hexdigest()
 
     def audio(self, row: int) -> np.ndarray:
         """Samples of one utterance: (n_samples,) int16, a view of the mapped file."""

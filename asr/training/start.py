@@ -14,7 +14,7 @@ from asr.errors import ConfigError
 from asr.models import Network, load_network
 from asr.nn import LookAhead
 from asr.training.checkpoint import checkpoints
-from asr.training.shards import ShardDataset
+from asr.training.shards import ALIGNMENT_FILE, ShardDataset
 
 # of [training]: what may change when a run goes on, as it changes nothing of what is learnt
 _FREE = {"threads": 1, "checkpoint_steps": 1, "average": 1, "patience": 0, "hang_seconds": 600.0}
@@ -27,7 +27,7 @@ def check_inputs(config: TrainConfig, run: Path) -> None:
 
     Raises:
         AsrError: prepared data is missing or was made with other features, `data.weights` names no source of it,
-            `init_from` is no network, or the run was started with other data or another configuration (threads,
+            `init_from` is no network, or the run was started with other data, alignments or configuration (threads,
             checkpoint_steps, average, patience and hang_seconds may differ).
     """
     sources: set[str] = set()
@@ -84,25 +84,30 @@ def _check_unchanged(config: TrainConfig, run: Path) -> None:
         )
     kept = run / "data.json"
     known = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-    for folder, fingerprint in fingerprints(config).items():
-        if known.get(folder, fingerprint) != fingerprint:
+    for name, fingerprint in fingerprints(config).items():
+        if known.get(name, fingerprint) != fingerprint:
+            made = "aligned" if name.endswith(ALIGNMENT_FILE) else "prepared"
             raise ConfigError(
-                f"{folder}: was prepared anew since {run} was started with it, and now holds other data; "
-                "prepare what it held, or give another --out"
+                f"{name}: was {made} anew since {run} was started with it, and now holds other data; "
+                "bring back what it held, or give another --out"
             )
 
 
 def fingerprints(config: TrainConfig) -> dict[str, str]:
     """A hash of the contents of each prepared folder that the training reads, by its name.
 
-    It covers the order of the utterances, their texts and lengths, and the statistics of their features.
+    It covers the order of the utterances, their texts and lengths, and the statistics of their features. Alignments
+    have hashes of their own, where the training looks at them.
     """
     found = {}
+    looks = config.training.alignment_weight or config.data.cut_seconds
     for folder in _folders(config):
         dataset = ShardDataset(folder)
         rows = [dataset.ids, dataset.texts, dataset.n_samples.tolist()]
         statistics = [dataset.info[name] for name in ("store", "frames", "mean", "variance")]
         found[folder] = hashlib.sha256(json.dumps([rows, statistics]).encode()).hexdigest()
+        if looks and folder in config.data.train:
+            found[f"{folder}/{ALIGNMENT_FILE}"] = dataset.alignment_hash
     return found
 
 
