@@ -245,7 +245,7 @@ class TrainConfig:
     features: FeatureConfig = FeatureConfig()
     augment: AugmentConfig = AugmentConfig()
     init_from: str = ""  # the folder of a network to start from
-    new_tokens: bool = False  # with init_from: the tokens of data.train and a new output layer for them
+    new_tokens: bool = False  # with init_from: tokens of data.train that it lacks are added, with new outputs
 
     def __post_init__(self) -> None:
         bands = self.augment.band_mask_bands

@@ -63,6 +63,11 @@ class Tokenizer:
             found.update(normalize(text))
         return cls([BLANK, *sorted(found | {" "})])
 
+    def extended(self, texts: Iterable[str]) -> "Tokenizer":
+        """These tokens, and behind them the characters of `texts` (normalised here) that they lack."""
+        found = Tokenizer.characters(texts).tokens
+        return Tokenizer([*self.tokens, *(token for token in found if token not in self._ids)])
+
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
         """Read `tokens.txt`: a token a line, in order.

@@ -24,6 +24,7 @@ from asr.training.data import Corpus, Loader, Plan, Sampler, tuning_plan
 from asr.training.optimizer import Optimizer
 from asr.training.ranks import Ranks, Stragglers
 from asr.training.record import Record
+from asr.training.shards import ShardDataset
 from asr.training.start import check_inputs, same_shape, take_weights
 from asr.training.step import Losses, choose_precision, ctc, features_of, learning_rate, rnnt
 
@@ -75,7 +76,9 @@ class Trainer:
         self.ranks = Ranks(rank, world, self.device, config.training.hang_seconds)
         self.checkpoint = self._newest_checkpoint()
         start = load_network(config.init_from) if config.init_from else None
-        tokenizer = start.tokenizer if start and not config.new_tokens else None
+        tokenizer = start.tokenizer if start else None
+        if tokenizer and config.new_tokens:
+            tokenizer = tokenizer.extended(text for folder in config.data.train for text in ShardDataset(folder).texts)
         if self.checkpoint:
             tokenizer = Tokenizer.load(run / "tokens.txt")
         phones = start.phones if start and not config.new_tokens else None

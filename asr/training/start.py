@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import torch
 from torch.nn import functional as F
 
 from asr.augment import changes_waveform
@@ -118,7 +119,8 @@ def _folders(config: TrainConfig) -> list[str]:
 def take_weights(network: Network, start: Network) -> None:
     """Copy the weights of `start` into `network`, except outputs for other tokens or phones, which stay new.
 
-    So does a transducer that `start` does not have, or has with other units.
+    Where the tokens of `network` begin with those of `start`, only the outputs of the others are new. A transducer is
+    new that `start` does not have, or has with other units or tokens.
 
     A network may have more recurrent layers than `start`: those on top, and the output, stay new (Zeyer et al. 2017,
     https://arxiv.org/abs/1606.06871, train deep stacks so). Of another look-ahead, it has the weights for the frames
@@ -132,7 +134,8 @@ def take_weights(network: Network, start: Network) -> None:
     if deeper > 0:
         first = network.first_recurrent + start.config.model.layers
         new += [f"layers.{i}." for i in range(first, first + deeper)]
-    if deeper > 0 or network.tokenizer.tokens != start.tokenizer.tokens:
+    known = len(start.tokenizer)
+    if deeper > 0 or network.tokenizer.tokens[:known] != start.tokenizer.tokens:
         new.append(f"layers.{len(network.layers) - 1}.")
     if network.phones != start.phones or network.config.model.phone_layer != start.config.model.phone_layer:
         new.append("phone_output.")
@@ -141,6 +144,11 @@ def take_weights(network: Network, start: Network) -> None:
     if network.joint_size != start.joint_size or network.tokenizer.tokens != start.tokenizer.tokens:
         new += ["transducer.", f"layers.{len(network.layers) - 1}.joint."]
     own, theirs = network.state_dict(), start.state_dict()
+    for part in ("weight", "bias"):
+        rows = own[f"layers.{len(network.layers) - 1}.linear.{part}"]
+        name = f"layers.{len(start.layers) - 1}.linear.{part}"
+        if rows.shape[1:] == theirs[name].shape[1:]:
+            theirs[name] = torch.cat([theirs[name], rows[known:]])
     for i, layer in enumerate(start.layers):
         if isinstance(layer, LookAhead) and (frames := network.config.model.look_ahead):
             weight = theirs[f"layers.{i}.weight"][: frames + 1]
