@@ -41,10 +41,11 @@ def decode_all(parts: Sequence[Part]) -> Iterator[np.ndarray | AudioError]:
     Raises:
         AsrError: the process cannot be started.
     """
-    global _busy
-    assert not _busy, "decode_all is not done with the parts before: their samples would be taken for these"
+    global _owner
+    if _owner is not None:  # left in the middle: what its process answers would be taken for these parts
+        stop_decoder()
     sent = done = crashes = 0
-    _busy = True
+    own = _owner = object()
     try:
         while done < len(parts):
             child = _running()
@@ -63,10 +64,12 @@ def decode_all(parts: Sequence[Part]) -> Iterator[np.ndarray | AudioError]:
                 sent = done + 1
             done, crashes = done + 1, 0
             yield decoded
+            assert _owner is own, "decode_all was asked for other parts before it was done with these"
     finally:
-        _busy = False
-        if sent > done:  # left early: nobody will fetch the answer
-            stop_decoder()
+        if _owner is own:
+            _owner = None
+            if sent > done:  # left early: nobody will fetch the answer
+                stop_decoder()
 
 
 def decode_here(parts: Sequence[Part]) -> Iterator[np.ndarray | AudioError]:
@@ -118,7 +121,7 @@ class _Child:
 
 
 _child: _Child | None = None
-_busy = False
+_owner: object | None = None  # who awaits its answers
 
 
 def _running() -> _Child:

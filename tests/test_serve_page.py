@@ -158,16 +158,19 @@ def test_a_dropped_recording_becomes_the_text_of_the_command(server: Served, bro
         samples = read_audio(SAMPLES / "00003.flac", sample_rate=rate)
         samples = np.concatenate([samples, np.zeros(rate, np.float32), samples[: 2 * rate]])
         soundfile.write(path, np.stack([samples, 0.5 * samples][:channels], axis=1), rate)
+        before = browser.texts()
         browser.drop(name, path.read_bytes())
         assert browser.done(), browser.status()
-        texts, expected = browser.texts(), command_texts(path)
+        assert browser.texts()[: len(before)] == before, "what was said before stays"
+        texts, expected = browser.texts()[len(before) :], command_texts(path)
         assert len(texts) == len(expected) == 2
         errors = count_errors(" ".join(expected), " ".join(texts))
         assert texts == expected or (channels == 2 and errors.cer < 0.1), name
         assert browser.run("document.getElementById('heard').textContent") == f"{len(samples) / rate:.1f} s"
         assert browser.run("/^\\d+ ms$/.test(document.getElementById('lag').textContent)")
-        assert browser.run("document.getElementById('count').textContent") == "2"
-    browser.run("document.getElementById('pause').value = '3'")
+        assert browser.run("document.getElementById('count').textContent") == str(len(before) + 2)
+    browser.run("document.getElementById('clear').click(), document.getElementById('pause').value = '3'")
+    assert browser.texts() == []
     browser.drop(name, path.read_bytes())
     assert browser.done(), browser.status()
     assert len(browser.texts()) == 1
