@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import textwrap
 import zlib
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asr.errors import AsrError
+from asr.files import replacing
 
 if TYPE_CHECKING:
     from asr.recognizer import Segment, Transcript
@@ -111,12 +111,8 @@ def write_text(path: Path, text: str) -> None:
             path.write_text(text, encoding="utf-8", errors="surrogateescape")
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-        try:
+        with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise AsrError(f"{path}: cannot be written ({error.strerror or error})") from error
 

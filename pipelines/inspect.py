@@ -3,9 +3,7 @@
 import base64
 import io
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from rich.console import Console
 
 from asr.audio import SAMPLE_RATE, read_audio
 from asr.errors import AudioError, ConfigError, ModelError
-from asr.files import write_atomically
+from asr.files import replacing, write_atomically
 from asr.inspect import BLOCK_FRAMES, Inspection, Layer, is_gate, loudness_range
 from asr.inspect import inspect as inspect_network
 from asr.models import load_network
@@ -212,7 +210,7 @@ def write_table(seen: Sequence[Seen], path: Path) -> None:
     tables = [_table(one, layer, names) for one in seen for layer in one.inspection.layers]
     about = {"recording": seen[0].recording, "networks": [_common(one) for one in seen]}
     table = pa.concat_tables(tables).replace_schema_metadata({"inspection": json.dumps(about, ensure_ascii=False)})
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         parquet.write_table(table, temporary, compression="zstd")
 
 
@@ -245,22 +243,11 @@ def _table(seen: Seen, layer: Layer, names: list[str]) -> pa.Table:
     )
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; renamed to it at the end."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_picture(seen: Sequence[Seen], path: Path) -> None:
     """A PNG file with everything on one time axis."""
     from pipelines.inspect_picture import draw
 
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         draw(seen, temporary)
 
 

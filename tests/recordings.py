@@ -1,5 +1,8 @@
 """Recordings for tests: tones and noise in any format, and what reading them says."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +41,19 @@ def write(path: Path, samples: np.ndarray, rate: int = 16_000, subtype: str | No
     kind = {".opus": "OGG", ".rf64": "RF64"}.get(path.suffix, path.suffix[1:].upper())
     soundfile.write(path, samples, rate, format=kind, subtype=subtype, **options)
     return path
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """As a user who may not read everything, where root runs the tests."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65_534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
 
 
 def joined(path: Path, **options) -> np.ndarray:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from recordings import FORMATS, decibels, joined, noise, refusal, tone, write
+from recordings import FORMATS, decibels, joined, noise, refusal, tone, unprivileged, write
 
 from asr.audio import audio_blocks, read_audio
 
@@ -38,14 +38,8 @@ def test_not_audio(tmp_path, monkeypatch):
 def test_no_permission(tmp_path):
     path = write(tmp_path / "a.wav", tone(0.1))
     path.chmod(0)
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65_534)  # root may read everything
-    try:
+    with unprivileged():
         assert "no permission" in refusal(path)
-    finally:
-        if root:
-            os.seteuid(0)
 
 
 @pytest.mark.parametrize(("suffix", "subtype"), [f[:2] for f in FORMATS])

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from asr.decoding import Word
 from asr.errors import AsrError
 from asr.recognizer import Segment, Transcript
-from pipelines import formats
 from pipelines.formats import FORMATS, render, render_among_many, write_text
 
 
@@ -130,7 +129,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(formats.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(AsrError, match=r"a\.txt: cannot be written \(No space left"):
         write_text(target, "second")
     assert target.read_text() == "first"

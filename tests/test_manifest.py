@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from recordings import unprivileged
 
 from asr.errors import ManifestError
 from asr.manifest import Utterance, read_manifest
@@ -342,14 +343,8 @@ def test_folders_that_hold_a_manifest(tmp_path):
 def test_no_permission(tmp_path):
     path = lines(tmp_path / "m.jsonl", {"audio_filepath": "a.wav"})
     path.chmod(0)
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65_534)  # root may read everything
-    try:
+    with unprivileged():
         assert "Permission denied" in refusal(path)
-    finally:
-        if root:
-            os.seteuid(0)
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is not there")

@@ -32,7 +32,7 @@ def log_likelihoods(log_probs: np.ndarray, sequences: Sequence[Sequence[int]]) -
     probabilities[:, :-1] = np.exp(np.maximum(log_probs, _LEAST), dtype=np.float64)
     may_skip = skips.astype(np.float64)
 
-    # Probabilities, with their sum set to 1 every few frames, cost a tenth of logarithms.
+    # Probabilities, with their sum set to 1 every few frames, cost less than a fifth of logarithms.
     alpha = np.zeros((len(sequences), size + 2))  # two states before the first that are never entered
     alpha[:, 2] = 1.0
     if size > 1:

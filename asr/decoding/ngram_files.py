@@ -3,7 +3,6 @@
 import gzip
 import io
 import itertools
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 
 from asr.decoding.ngram import END, LOG10, START, UNKNOWN, Grams, NgramModel
 from asr.errors import ModelError
-from asr.files import byte_planes, from_byte_planes, write_arrays
+from asr.files import byte_planes, from_byte_planes, replacing, write_arrays
 
 _VERSION = 1  # of the packed form
 
@@ -161,17 +160,12 @@ def write_arpa(model: NgramModel, path: Path, *, digits: int = 6) -> None:
         path: where to.
         digits: behind the point of base-10 logarithms.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            if path.suffix == ".gz":
-                with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
-                    _write(model, packed, digits)
-            else:
-                _write(model, file, digits)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        if path.suffix == ".gz":
+            with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
+                _write(model, packed, digits)
+        else:
+            _write(model, file, digits)
 
 
 def _write(model: NgramModel, file: io.BufferedIOBase, digits: int) -> None:

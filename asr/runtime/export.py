@@ -14,7 +14,7 @@ from asr.audio import EDGE_SILENCE_SECONDS, SAMPLE_RATE
 from asr.decoding.calibration import CALIBRATION_FILE
 from asr.decoding.next_word import make_small
 from asr.errors import ModelError
-from asr.files import replace_folder, write_atomically
+from asr.files import replace_folder, replacing, write_atomically
 from asr.models import Network, load_network, save_network
 from asr.runtime.export_graph import GraphBuilder, check_speech
 from asr.runtime.folder import LM_FOLDER, NEXT_WORD_FOLDER
@@ -68,8 +68,7 @@ def _write_checked(
     with torch.no_grad():
         expected = [network(torch.from_numpy(x)[None], torch.tensor([len(x)]))[0][0].numpy() for x in padded]
     for precision, path in paths.items():
-        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-        try:
+        with replacing(path) as temporary:
             onnx.save(graph if precision == "fp32" else quantise(graph), str(temporary))
             got = np.concatenate([read(temporary, x, network) for x in padded])
             tokens, wanted = len(network.tokenizer), np.concatenate(expected)
@@ -80,9 +79,6 @@ def _write_checked(
                     _compare(got[:, tokens:end], wanted[:, tokens:end], path, precision, exact=True)
                 if network.joint_size:
                     _compare_joint(got[:, end:], wanted[:, end:], path, precision)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def _compare(got: np.ndarray, expected: np.ndarray, path: Path, precision: str, *, exact: bool) -> None:
