@@ -26,6 +26,7 @@ from asr.runtime import check_choice, load_engine
 from asr.runtime.folder import (
     NETWORKS,
     PREDICTION_FILE,
+    best_decoding,
     find_graph,
     find_language_model,
     find_lexicon,
@@ -72,7 +73,7 @@ class Recognizer:
         engine: str = "onnx",
         precision: str | None = None,
         threads: int = 1,
-        decoding: str = "greedy",
+        decoding: str | None = None,
         beam: int | None = None,
         lm_weight: float | None = None,
         word_score: float | None = None,
@@ -88,8 +89,8 @@ class Recognizer:
             engine: "onnx" or "torch".
             precision: "fp32" or "int8"; None: with onnx int8 where the model has it, with torch fp32.
             threads: for the arithmetic of one network.
-            decoding: "greedy", or "beam": with the language model in the folder's lm/, or "transducer": greedy as well,
-                by a network that has one.
+            decoding: "beam": with the language model in the folder's lm/; "greedy": without, at next to no cost;
+                "transducer": greedy as well, by a network that has one. None: beam, where there is a language model.
             beam, lm_weight, word_score, nbest, hot_words: of the beam search, see asr.decoding.beam.BeamConfig.
             endpoint: where audio is cut into segments; None leaves it uncut, however long.
             calibrated: False: times and confidences of words as the decoder gives them (see asr.decoding.calibration).
@@ -109,6 +110,8 @@ class Recognizer:
             "hot_words": hot_words or None,
         }
         given = {name: value for name, value in settings.items() if value is not None}
+        if decoding is None:
+            decoding = "beam" if given else best_decoding(path)
         open_search = _search_opener(path, list(folders.values()), decoding, given)
         networks = {}
         for name, folder in folders.items():

@@ -56,7 +56,7 @@ def draw(path: Path) -> None:
     Raises:
         ConfigError: silero's network is not installed (extra [vad]).
     """
-    recognizer = Recognizer.load()
+    recognizer = Recognizer.load(decoding="greedy")
     audio, labels = conversation()
     seconds = np.arange(len(audio) // _ENVELOPE) * _ENVELOPE / SAMPLE_RATE
     loudest = np.abs(audio[: len(seconds) * _ENVELOPE]).reshape(-1, _ENVELOPE).max(axis=1)

@@ -12,6 +12,7 @@ from asr.errors import AsrError
 from asr.files import replacing
 
 if TYPE_CHECKING:
+    from asr.decoding import Word
     from asr.recognizer import Segment, Transcript
 
 FORMATS = ("txt", "json", "srt", "vtt", "ctm")
@@ -174,3 +175,18 @@ def _ctm(transcript: "Transcript", name: str) -> str:
         for segment in transcript.segments
         for word in segment.words
     )
+
+
+def partial_message(text: str, seconds: float) -> dict[str, Any]:
+    """The unfinished end of live text, which may still change, after so many seconds of audio."""
+    return {"type": "partial", "text": text, "time": round(seconds, 3)}
+
+
+def final_message(segment: "Segment") -> dict[str, Any]:
+    """A finished segment of live text."""
+    words = [{"word": word.text, **_times(word), "confidence": round(word.confidence, 3)} for word in segment.words]
+    return {"type": "final", "text": segment.text, **_times(segment), "words": words}
+
+
+def _times(part: "Segment | Word") -> dict[str, float]:
+    return {"start": round(part.start, 3), "end": round(part.end, 3)}

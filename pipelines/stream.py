@@ -1,5 +1,6 @@
 """`asr stream`: live audio, from a microphone, a pipe, or a file fed as if it were one, with its text."""
 
+import json
 import os
 import queue
 import select
@@ -17,10 +18,11 @@ import numpy as np
 
 from asr.audio import SAMPLE_RATE, audio_blocks, to_float
 from asr.errors import AsrError
+from pipelines.formats import final_message, partial_message
 from pipelines.transcribe import RecognizerOptions
 
 if TYPE_CHECKING:
-    from asr.recognizer import Transcript
+    from asr.recognizer import Segment, Transcript
 
 _BLOCK_SECONDS = 0.1
 _BEHIND_SECONDS = 1.0  # lag that is told; below half of it, that it is over
@@ -235,7 +237,7 @@ class Screen(Protocol):
         """The unfinished end of the text, which may still change."""
         ...
 
-    def final(self, text: str) -> None:
+    def final(self, segment: "Segment") -> None:
         """A finished segment."""
         ...
 
@@ -274,7 +276,7 @@ def stream(
                 update = session.feed(block.samples)
                 timing.add(block, source.sample_rate, start)
                 for segment in update.final:
-                    screen.final(segment.text)
+                    screen.final(segment)
                     shown += 1
                 screen.partial(update.partial, timing)
                 if source.lost > timing.lost:
@@ -296,7 +298,7 @@ def stream(
     transcript = session.finish()
     timing.processing_seconds += time.monotonic() - start
     for segment in transcript.segments[shown:]:
-        screen.final(segment.text)
+        screen.final(segment)
     if failure is not None:
         raise failure
     return transcript, timing, stop.is_set()
@@ -355,12 +357,33 @@ class _Lines:
             if text:
                 print(f"... {text}", file=sys.stderr, flush=True)
 
-    def final(self, text: str) -> None:
-        if text:
-            print(text, flush=True)
+    def final(self, segment: "Segment") -> None:
+        if segment.text:
+            print(segment.text, flush=True)
 
     def note(self, text: str) -> None:
         print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+class JsonLines:
+    """Partials, each once, and finals as JSON objects on stdout, a line each: the messages of `asr serve`."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def partial(self, text: str, timing: Timing) -> None:
+        if text != self._last:
+            self._last = text
+            self._write(partial_message(text, timing.audio_seconds))
+
+    def final(self, segment: "Segment") -> None:
+        self._write(final_message(segment))
+
+    def note(self, text: str) -> None:
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+    def _write(self, message: dict[str, Any]) -> None:
+        print(json.dumps(message, ensure_ascii=False), flush=True)
 
 
 class _Redrawn:
@@ -375,9 +398,9 @@ class _Redrawn:
 
         self._live.update(Group(Text(f"{text} ▌", style="italic"), Text(str(timing), style="dim")))
 
-    def final(self, text: str) -> None:
-        if text:
-            print(text, flush=True)
+    def final(self, segment: "Segment") -> None:
+        if segment.text:
+            print(segment.text, flush=True)
 
     def note(self, text: str) -> None:
         self._live.console.print(f"note: {text}", style="yellow")

@@ -278,7 +278,7 @@ def model_folder(tmp_path: Path) -> Path:
 
 
 def test_a_model_without_a_language_model_names_the_command(model_folder: Path, tmp_path: Path) -> None:
-    Recognizer.load(model_folder)
+    Recognizer.load(model_folder)  # greedy
     with pytest.raises(ModelError, match=r"model: beam search needs.*`asr train-lm TEXT --out .*model`"):
         Recognizer.load(model_folder, decoding="beam")
     (tmp_path / "text.txt").write_text("\n".join(LINES))
@@ -289,7 +289,7 @@ def test_a_model_without_a_language_model_names_the_command(model_folder: Path, 
 
 def test_what_cannot_be_is_refused(model_folder: Path, lm: LanguageModel, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="beam = 5: only with"):
-        Recognizer.load(model_folder, beam=5)
+        Recognizer.load(model_folder, decoding="greedy", beam=5)
     with pytest.raises(ConfigError, match=r"'bem'.*greedy, beam or transducer"):
         Recognizer.load(model_folder, decoding="bem")
     (model_folder / "lm").mkdir()

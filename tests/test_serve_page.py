@@ -131,7 +131,7 @@ def browsing(folder: Path, *options: str) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Served]:
-    with serving(Recognizer.load()) as served:
+    with serving(Recognizer.load(decoding="greedy")) as served:
         yield served
 
 
@@ -143,7 +143,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 def command_texts(path: Path) -> list[str]:
     """The segments that `asr transcribe --streaming` writes."""
-    return [segment.text for segment in Recognizer.load().transcribe(path, network="streaming").segments]
+    recognizer = Recognizer.load(decoding="greedy")
+    return [segment.text for segment in recognizer.transcribe(path, network="streaming").segments]
 
 
 def test_a_dropped_recording_becomes_the_text_of_the_command(server: Served, browser: Browser, tmp_path: Path) -> None:
@@ -227,7 +228,7 @@ def test_everything_has_a_name_and_finished_text_is_spoken(server: Served, brows
 
 def test_the_page_asks_for_the_token(browser: Browser) -> None:
     path = SAMPLES / "00003.flac"
-    with serving(Recognizer.load(), access=Access(token="correct horse")) as served:
+    with serving(Recognizer.load(decoding="greedy"), access=Access(token="correct horse")) as served:
         browser.open(served.http)
         browser.drop("a.flac", path.read_bytes())
         assert browser.until("!document.getElementById('login').hidden")

@@ -33,7 +33,7 @@ def test_what_is_wrong_is_told() -> None:
 
 
 def test_load_is_measured() -> None:
-    load = run_load(SAMPLES, sessions=4, seconds=2)
+    load = run_load(SAMPLES, sessions=4, seconds=2, options=["--decoding", "greedy"])
     assert load.failed == 0
     assert 70 <= load.replies <= 90, "four sessions of two seconds, ten messages a second"
     assert 0 < load.median <= load.p95 <= load.p99 <= load.largest

@@ -19,7 +19,7 @@ SAMPLES = Path(__file__).parents[1] / "scripts" / "samples"
 
 @pytest.fixture(scope="module")
 def recognizer() -> Recognizer:
-    return Recognizer.load()
+    return Recognizer.load(decoding="greedy")
 
 
 def samples_of_five_words() -> list[tuple[str, np.ndarray]]:
@@ -50,7 +50,7 @@ def test_the_shipped_model_is_small_and_says_what_it_is() -> None:
 @settings(max_examples=8, deadline=None)
 @given(st.integers(0, 100), st.lists(st.integers(0, 4_000), max_size=20))
 def test_live_audio_gives_the_text_of_the_file(pick: int, sizes: list[int]) -> None:
-    recognizer = Recognizer.load()
+    recognizer = Recognizer.load(decoding="greedy")
     spoken = samples_of_five_words()
     _, samples = spoken[pick % len(spoken)]
     expected = recognizer.transcribe(samples, network="streaming")

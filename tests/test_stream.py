@@ -1,5 +1,6 @@
 """`asr stream`: live audio from a file or a microphone."""
 
+import json
 import os
 import pty
 import shutil
@@ -21,7 +22,7 @@ from toy_model import RATE, TOKENIZER, ToyEngine, ToyOptions, spell, toy_recogni
 
 from asr.errors import AsrError
 from asr.metrics import count_errors
-from asr.recognizer import Network, Recognizer
+from asr.recognizer import Network, Recognizer, Segment
 from pipelines.cli import main
 from pipelines.stream import Block, FileSource, MicrophoneSource, PipeSource, Timing, stream
 
@@ -37,8 +38,8 @@ class Recorded:
     def partial(self, text: str, timing: Timing) -> None:
         self.partials.append(text)
 
-    def final(self, text: str) -> None:
-        self.finals.append(text)
+    def final(self, segment: Segment) -> None:
+        self.finals.append(segment.text)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -101,6 +102,20 @@ def test_finals_are_stdout_and_the_rest_is_stderr(
     assert "... one t\n" in err
     assert len([line for line in err.splitlines() if line == "... one two"]) == 1  # a line a change
     assert "real-time factor" in err.splitlines()[-1]
+
+
+def test_json_lines_are_the_messages_of_the_server(
+    two_segments: Path, toy: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(two_segments, "--json") == 0
+    messages = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    finals = [message for message in messages if message["type"] == "final"]
+    assert [message["text"] for message in finals] == ["one two", "three"]
+    assert [word["word"] for word in finals[0]["words"]] == ["one", "two"]
+    assert finals[0]["start"] <= finals[0]["words"][0]["start"] < finals[0]["words"][0]["end"] < finals[1]["start"]
+    partials = [message for message in messages if message["type"] == "partial"]
+    assert "one t" in [message["text"] for message in partials]
+    assert [message["time"] for message in partials] == sorted({message["time"] for message in partials})
 
 
 @pytest.fixture

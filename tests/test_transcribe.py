@@ -1,5 +1,6 @@
 """`asr transcribe`: files and folders become text."""
 
+import io
 import json
 import os
 import sys
@@ -32,6 +33,19 @@ def test_one_recording_is_its_text_alone(tmp_path: Path, capsys: pytest.CaptureF
     out, err = capsys.readouterr()
     assert out == "hello world\n"
     assert err == ""
+
+
+def test_a_recording_from_standard_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recording = write(tmp_path / "a.wav", "hello world")
+    for given, status, expected in ((recording.read_bytes(), 0, "hello world\n"), (b"", 1, "")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+        assert run("-") == status
+        out, err = capsys.readouterr()
+        assert out == expected
+        assert ("stdin: empty" in err) == bool(status)
+    assert run("-", recording) == 2
 
 
 def test_a_pause_ends_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

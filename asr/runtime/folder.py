@@ -1,6 +1,7 @@
 """The model folder: finds what is in it and names what is missing, half-written or of another version."""
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -155,9 +156,9 @@ def find_prediction(network: Path) -> Path:
     return network / PREDICTION_FILE
 
 
-def has_language_model(path: str | Path | None) -> bool:
-    """Whether a model folder has n-grams; None is the shipped model."""
-    return _language_model(shipped_model() if path is None else Path(path)) is not None
+def best_decoding(path: str | Path | None) -> Literal["beam", "greedy"]:
+    """ "beam" for a model folder with a language model, "greedy" for one without; None is the shipped model."""
+    return "beam" if _language_model(shipped_model() if path is None else Path(path)) else "greedy"
 
 
 def _language_model(folder: Path) -> Path | None:

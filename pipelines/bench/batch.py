@@ -29,7 +29,7 @@ def run(setting: Setting) -> list[Figure]:
     """Audio seconds a second with `setting.threads` threads."""
     folder = setting.network("offline")
     network = load_network(folder).requires_grad_(False)
-    recognizer = Recognizer.load(setting.model, threads=setting.threads, endpoint=None)
+    recognizer = Recognizer.load(setting.model, decoding="greedy", threads=setting.threads, endpoint=None)
     engine = load_engine(folder, threads=setting.threads)
     limits, _ = measured(setting.threads)
     torch.set_num_threads(setting.threads)

@@ -56,7 +56,7 @@ def exactness(setting: Setting) -> list[Figure]:
                 if layer.latency:
                     parts.append(layer.finish(state)[0])
                 largest[name] = max(largest[name], float((torch.cat(parts, 1) - whole).abs().max()))
-    recognizer = Recognizer.load(folder.parent)
+    recognizer = Recognizer.load(folder.parent, decoding="greedy")
     differing = 0
     for samples in setting.speech:
         live = recognizer.stream()
@@ -77,7 +77,7 @@ def run(setting: Setting) -> list[Figure]:
     frames = len(samples) // frame
     tensor = torch.from_numpy(samples)[None]
     engine = cast(StreamingEngine, load_engine(folder))
-    recognizer = Recognizer.load(folder.parent, endpoint=None)
+    recognizer = Recognizer.load(folder.parent, decoding="greedy", endpoint=None)
     lstms = lstm_stack(network)
 
     def stepping_lstms() -> None:

@@ -205,7 +205,7 @@ def server(setting: Setting) -> list[Figure]:
     section = f"live sessions over the server, {setting.threads} cores, {setting.seconds:g} s each"
 
     def trial(count: int) -> Trial:
-        options = ["--model", str(setting.model)] if setting.model else []
+        options = ["--decoding", "greedy", *(["--model", str(setting.model)] if setting.model else [])]
         load = run_load(setting.audio, sessions=count, seconds=setting.seconds, options=options)
         setting.tell(f"server: {count} sessions, 95 of 100 replies within {load.p95:.0f} ms")
         waiting = float("inf") if load.failed else 0.0

@@ -87,7 +87,7 @@ def evaluate(
     ] = False,
     model: ModelOption = None,
     streaming: StreamingOption = False,
-    decoding: DecodingOption = "greedy",
+    decoding: DecodingOption = None,
     beam: BeamOption = None,
     lm_weight: LmWeightOption = None,
     word_score: WordScoreOption = None,
@@ -133,7 +133,7 @@ def evaluate(
     options = recognizer_options(model, decoding, engine, precision, threads, rule, **search)
     options = replace(options, calibrated=not calibrate)
     network = network_name(streaming or two_pass or latency)
-    about = f"{network} network of {model or 'the shipped model'}, {decoding} decoding"
+    about = f"{network} network of {model or 'the shipped model'}, {options.decoding} decoding"
     if latency:
         figures, problems = _latency(manifests, options, [model, *(against or ())], report_file, about)
     elif conditions:

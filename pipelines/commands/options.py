@@ -42,13 +42,6 @@ StreamingOption = Annotated[
     typer.Option("--streaming", help="Use the streaming network instead of the offline one.", rich_help_panel=HOW),
 ]
 DecodingOption = Annotated[
-    Decoding,
-    typer.Option(
-        help="greedy, or beam: with the language model of the model folder; or transducer, by a network that has one.",
-        rich_help_panel=HOW,
-    ),
-]
-BestDecodingOption = Annotated[
     Decoding | None,
     typer.Option(
         help="beam: with the language model of the model folder; greedy: without, at next to no cost; transducer: by a "
@@ -118,9 +111,9 @@ def recognizer_options(
     """How to recognize; without `decoding`, with the language model, if there is one, or if what is given needs it."""
     given = {name: value for name, value in search.items() if value is not None}
     if decoding is None:
-        from asr.runtime.folder import has_language_model
+        from asr.runtime.folder import best_decoding
 
-        decoding = "beam" if given or has_language_model(model) else "greedy"
+        decoding = "beam" if given else best_decoding(model)
     if given and decoding != "beam":
         named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise typer.BadParameter(f"{named}: only with --decoding beam")

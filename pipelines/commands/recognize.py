@@ -1,6 +1,11 @@
 """The commands that recognize: transcribe, stream, bench."""
 
 import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +17,7 @@ from pipelines.commands.options import (
     RECOGNIZE,
     AddressOption,
     BeamOption,
-    BestDecodingOption,
+    DecodingOption,
     EngineOption,
     Format,
     HotWordsOption,
@@ -36,7 +41,11 @@ from pipelines.commands.options import (
 @app.command(rich_help_panel=RECOGNIZE)
 def transcribe(
     audio: Annotated[
-        list[Path], typer.Argument(help="Recordings, folders that are searched for them, and manifests (x.jsonl ...).")
+        list[Path],
+        typer.Argument(
+            help="Recordings, folders that are searched for them, and manifests (x.jsonl ...); - alone: a recording "
+            "from standard input."
+        ),
     ],
     format: Annotated[Format, typer.Option("--format", "-f", help="What to write.")] = "txt",
     output_dir: Annotated[
@@ -47,7 +56,7 @@ def transcribe(
     address: AddressOption = None,
     model: ModelOption = None,
     streaming: StreamingOption = False,
-    decoding: BestDecodingOption = None,
+    decoding: DecodingOption = None,
     beam: BeamOption = None,
     lm_weight: LmWeightOption = None,
     word_score: WordScoreOption = None,
@@ -88,28 +97,28 @@ def transcribe(
 
     if output_dir is None and format not in JOINABLE and (len(audio) > 1 or audio[0].is_dir()):
         raise typer.BadParameter(f"--format {format}: several recordings need --output-dir")
-    results = run(
-        audio,
-        options,
-        network=network_name(streaming),
-        format=format,
-        output_dir=output_dir,
-        overwrite=overwrite,
-        workers=workers,
-        address=address,
-    )
     problems: list[Problem] = []
     done = kept = 0
-    for result in results:
-        if result.problem is not None:
-            complain(result.problem)
-            problems.append(result.problem)
-        elif result.kept is not None:
-            kept += 1
-        else:
-            done += 1
-            if output_dir is None:
-                print(result.text, end="", flush=True)
+    with _in_files(audio) as recordings:
+        for result in run(
+            recordings,
+            options,
+            network=network_name(streaming),
+            format=format,
+            output_dir=output_dir,
+            overwrite=overwrite,
+            workers=workers,
+            address=address,
+        ):
+            if result.problem is not None:
+                complain(result.problem)
+                problems.append(result.problem)
+            elif result.kept is not None:
+                kept += 1
+            else:
+                done += 1
+                if output_dir is None:
+                    print(result.text, end="", flush=True)
     if output_dir is not None and problems:
         lines = [json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems]
         write_text(output_dir / "skipped.jsonl", "".join(lines))
@@ -119,6 +128,20 @@ def transcribe(
         kept_too = f", {kept} there already (--overwrite does them again)" if kept else ""
         tell(f"{done} transcribed{kept_too}, {len(problems)} failed")
     end(problems, listed=done + kept + len(problems) > 1)
+
+
+@contextmanager
+def _in_files(audio: list[Path]) -> Iterator[list[Path]]:
+    """The recordings as they are; for "-" a file that holds what standard input brings, as long as it is needed."""
+    if Path("-") not in audio:
+        yield audio
+        return
+    if len(audio) > 1:
+        raise typer.BadParameter("-: a recording from standard input comes alone")
+    with tempfile.TemporaryDirectory(prefix="asr-") as folder:
+        with open(Path(folder) / "stdin", "wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        yield [Path(file.name)]
 
 
 @app.command(rich_help_panel=RECOGNIZE)
@@ -135,11 +158,14 @@ def stream(
     ] = None,
     rate: Annotated[int, typer.Option(metavar="HZ", help="Of the samples from a pipe.")] = 16_000,
     list_devices: Annotated[bool, typer.Option("--list-devices", help="Show the microphones and exit.")] = False,
+    json_lines: Annotated[
+        bool, typer.Option("--json", help="Partials and finished segments as JSON objects on stdout, a line each.")
+    ] = False,
     two_pass: Annotated[
         bool, typer.Option("--two-pass", help="Read finished segments again with the offline network.")
     ] = False,
     model: ModelOption = None,
-    decoding: BestDecodingOption = None,
+    decoding: DecodingOption = None,
     beam: BeamOption = None,
     lm_weight: LmWeightOption = None,
     word_score: WordScoreOption = None,
@@ -153,9 +179,10 @@ def stream(
 
     Finished segments go to stdout. The unfinished text, which may still change,
     goes to stderr: redrawn in place on a terminal, elsewhere a line a change.
+    --json: both on stdout, as the messages of the server (docs/server.md).
     Ctrl-C ends with the text so far. The microphone needs the extra \\[mic].
     """
-    from pipelines.stream import FileSource, MicrophoneSource, PipeSource, devices, terminal
+    from pipelines.stream import FileSource, JsonLines, MicrophoneSource, PipeSource, devices, terminal
     from pipelines.stream import stream as run
 
     if list_devices:
@@ -177,7 +204,7 @@ def stream(
     else:
         source = MicrophoneSource(int(device) if device is not None and device.isdecimal() else device)
         tell(f"opening the microphone at {source.sample_rate} Hz; Ctrl-C ends")
-    with terminal() as screen:
+    with nullcontext(JsonLines()) if json_lines else terminal() as screen:
         _, timing, interrupted = run(source, options, screen, two_pass=two_pass)
     tell(str(timing))
     if interrupted and audio is not None:

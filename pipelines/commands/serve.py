@@ -66,7 +66,7 @@ def serve(
         typer.Option(min=0.01, metavar="SECONDS", help="Until who is silent is closed.", rich_help_panel=BOUNDS),
     ] = 30,
     model: ModelOption = None,
-    decoding: DecodingOption = "greedy",
+    decoding: DecodingOption = None,
     beam: BeamOption = None,
     lm_weight: LmWeightOption = None,
     word_score: WordScoreOption = None,

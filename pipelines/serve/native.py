@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.websockets import WebSocket
 
-from asr.decoding import Word
 from asr.endpoint import EndpointConfig
 from asr.errors import ConfigError
-from asr.recognizer import Segment
+from pipelines.formats import final_message, partial_message
 from pipelines.serve.limits import Refused
 from pipelines.serve.pcm import FORMATS, Format, PcmReader
 from pipelines.serve.session import Channel
@@ -126,27 +125,11 @@ async def talk(channel: Channel, service: "Service", websocket: WebSocket) -> No
                 break
             update = await live.feed(reader.read(message))
             for segment in update.final:
-                await channel.send(final(segment))
-            await channel.send({"type": "partial", "text": update.partial, "time": round(live.seconds, 3)})
+                await channel.send(final_message(segment))
+            await channel.send(partial_message(update.partial, live.seconds))
         for segment in await live.finish():
-            await channel.send(final(segment))
+            await channel.send(final_message(segment))
         await channel.send({"type": "done", "duration": round(live.seconds, 3)})
-
-
-def final(segment: Segment) -> dict[str, Any]:
-    """A finished segment as a message."""
-    return {
-        "type": "final",
-        "text": segment.text,
-        **_times(segment),
-        "words": [
-            {"word": word.text, **_times(word), "confidence": round(word.confidence, 3)} for word in segment.words
-        ],
-    }
-
-
-def _times(part: Segment | Word) -> dict[str, float]:
-    return {"start": round(part.start, 3), "end": round(part.end, 3)}
 
 
 def _without_null(given: dict[str, Any]) -> dict[str, Any]:

@@ -85,8 +85,10 @@ def run_soak(
         AsrError: the audio cannot be read, or the server does not start.
     """
     speech = [read_audio(path) for path in audio]
-    recognizers = [Recognizer.load(model, endpoint=EndpointConfig(**endpoint)) for endpoint in _ENDPOINTS]
-    options = ["--max-sessions", str(sessions + 8), "--idle", "20", *(["--model", str(model)] if model else [])]
+    rules = [EndpointConfig(**endpoint) for endpoint in _ENDPOINTS]
+    recognizers = [Recognizer.load(model, decoding="greedy", endpoint=rule) for rule in rules]
+    options = ["--decoding", "greedy", "--max-sessions", str(sessions + 8), "--idle", "20"]
+    options += ["--model", str(model)] if model else []
     with started(*options) as server:
         soak = _Soak(server, speech, recognizers, random.Random(seed))
         return asyncio.run(soak.run(sessions, seconds, tell))
