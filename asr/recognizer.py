@@ -15,7 +15,7 @@ from asr.decoding.calibration import Calibration, load_calibration
 from asr.decoding.greedy import GreedyDecoder
 from asr.decoding.language_model import Arcs, Automaton
 from asr.decoding.next_word import TextScorer
-from asr.decoding.ngram_files import read_ngrams, read_words
+from asr.decoding.ngram_files import read_words
 from asr.decoding.sound import levels_of
 from asr.decoding.transducer import TransducerSearch
 from asr.endpoint import EndpointConfig, Endpointer
@@ -285,7 +285,7 @@ def _search_opener(
     # Read while the network is opened, and once for two networks.
     pool = ThreadPoolExecutor(2, "asr-language-model")
     words = pool.submit(read_words, model)
-    arcs = pool.submit(lambda: Arcs(read_ngrams(model, words.result())))
+    arcs = pool.submit(lambda: Arcs.read(model, words.result()))
     ngrams = pool.submit(lambda: Automaton(words.result(), arcs.result))
     said = None
     if lexicon and any(map(phones_at_output, folders)):

@@ -6,7 +6,7 @@ search finds is weighed by both, as each hears words that the other misses, and 
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,9 +15,10 @@ from asr.decoding import Best, Hypothesis, TokenSpan
 from asr.decoding.ctc import align, log_likelihoods
 from asr.decoding.hot_words import check_hot_words
 from asr.decoding.language_model import Automaton, Scorer
-from asr.decoding.lexicon_search import BLANK, IMPOSSIBLE, Lexicon, Running, ranges
+from asr.decoding.lexicon_search import BLANK, IMPOSSIBLE, Lexicon, Running, Tree, ranges, tree_of
 from asr.decoding.next_word import UNKNOWN_ID, TextScorer
 from asr.errors import ConfigError, ModelError
+from asr.files import kept
 from asr.lexicon import Pronunciations
 
 _SPACE = " "
@@ -119,10 +120,10 @@ class BeamSearch:
         place = np.arange(len(words))  # of each word, among those that can be spelled
         foreign = {chr(letter) for letter in np.flatnonzero(np.bincount(letters)).tolist()} - index.keys()
         if foreign or not all(words):
-            kept = [i for i, word in enumerate(words) if word and not foreign & set(word)]
-            spelled = [words[i] for i in kept]
+            written = [i for i, word in enumerate(words) if word and not foreign & set(word)]
+            spelled = [words[i] for i in written]
             place[:] = _NO_WORD
-            place[kept] = np.arange(len(kept))
+            place[written] = np.arange(len(written))
         if _SPACE not in index or not spelled:
             reason = "spells no word of the lexicon" if _SPACE in index else "has no space"
             raise ConfigError(f"beam search: the vocabulary of {len(tokens)} tokens {reason}")
@@ -162,24 +163,30 @@ class BeamSearch:
         self.offsets = (-config.prior_weight * known_priors).astype(np.float32)
         self._spelled, self._index = spelled, index
         letters = letters if spelled is words else _letters(spelled)
-        ends = np.flatnonzero(letters == ord(_SPACE))
-        lengths = np.diff(ends, prepend=-1)
-        order = np.array(sorted(range(len(spelled)), key=spelled.__getitem__))
-        letters = _token_table(index)[letters[ranges(ends[order] + 1 - lengths[order], lengths[order])[1]]]
-        settings = config.lm_weight, config.word_score
-        columns = slice(0, len(tokens))
         self._said = _Said(pronunciations, place, phones) if phones and pronunciations else None
         if self._said and not len(self._said.words):
             self._said = None
+
+        def tree(make: Callable[..., Tree], *given: np.ndarray) -> Tree:
+            """Kept for the next process, but for that with hot words: each may have others."""
+            return make(*given) if hot_words else kept("tree", given, lambda: make(*given))
+
+        def by_letters(letters: np.ndarray, table: np.ndarray, scores: np.ndarray) -> Tree:
+            ends = np.flatnonzero(letters == ord(_SPACE))
+            lengths = np.diff(ends, prepend=-1)
+            order = np.array(sorted(range(len(spelled)), key=spelled.__getitem__))
+            starts = ends[order] + 1 - lengths[order]
+            return tree_of(table[letters[ranges(starts, lengths[order])[1]]], lengths[order], order, scores)
+
+        spellings = tree(by_letters, letters, _token_table(index), scores)
         beam = max(config.beam // _LETTERS_SHARE, 1) if self._said else config.beam
-        self._lexicons = [Lexicon(letters, lengths[order], order, scores, columns, self.space, beam, *settings)]
+        columns, settings = slice(0, len(tokens)), (config.lm_weight, config.word_score)
+        self._lexicons = [Lexicon(spellings, scores, columns, self.space, beam, *settings)]
         if self._said:
-            said = self._said
-            settings = config.lm_weight * _BY_PHONES[0], config.word_score + _BY_PHONES[1]
+            ways = tree(tree_of, self._said.phones, self._said.lengths, self._said.words, scores)
             columns = slice(len(tokens), outputs)
-            self._lexicons.append(
-                Lexicon(said.phones, said.lengths, said.words, scores, columns, None, config.beam, *settings)
-            )
+            settings = config.lm_weight * _BY_PHONES[0], config.word_score + _BY_PHONES[1]
+            self._lexicons.append(Lexicon(ways, scores, columns, None, config.beam, *settings))
         self.weighs = bool(self._said or self._next_word)  # what the searches find
         self._plain = Scorer(ngrams, called, {})
         self._scorer = Scorer(ngrams, called, {tuple(numbers[w] for w in phrase): b for phrase, b in hot.items()})

@@ -3,11 +3,14 @@
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
 from asr.decoding.hot_words import Phrases
 from asr.decoding.ngram import END, LOG10, START, UNKNOWN, Grams, NgramModel
+from asr.decoding.ngram_files import read_ngrams
+from asr.files import kept
 
 _LOWER = -1  # an arc's target: where the same word leads from the state below
 
@@ -31,7 +34,7 @@ class Automaton:
         self._names, self.lexicon = model.words, model.lexicon
         self._first = len(model.words) - len(self.lexicon)  # what the model calls the first word of the lexicon
         self.unigrams = _scores(model.orders[0])
-        self._whole = whole or (lambda: Arcs(model))
+        self._whole = whole or (lambda: Arcs.of(model))
 
     @cached_property
     def _arcs(self) -> "Arcs":
@@ -70,38 +73,26 @@ class Arcs:
         end: what the model calls the end of one.
     """
 
-    def __init__(self, model: NgramModel) -> None:
-        orders, self._words = model.orders, len(model.words)
-        self.end = model.words.index(END)
-        contexts = orders[:-1] or orders  # words by themselves at the least
-        first = np.cumsum([1, *map(len, contexts)], dtype=np.int32)  # of each order's contexts, among states
-        targets: list[np.ndarray] = []  # of each order's n-grams that are contexts, the state that they lead to
-        lower: list[np.ndarray] = [np.zeros(1, np.int32)]  # of each order's contexts, the state of their end
-        for n, grams in enumerate(contexts):
-            shorter = targets[-1][grams.suffix] if n else np.zeros(len(grams), np.int32)
-            lower.append(shorter)
-            tells = grams.log_backoff != 0
-            if n + 1 < len(orders):
-                tells[orders[n + 1].prefix] = True
-            targets.append(np.where(tells, np.arange(first[n], first[n + 1], dtype=np.int32), shorter))
-        backoffs = [np.asarray(grams.log_backoff / LOG10, np.float32) for grams in contexts]
-        self._backoff = np.concatenate([np.zeros(1, np.float32), *backoffs])
-        self._lower = np.concatenate(lower)
-        self._unigrams, self._after = _scores(orders[0]), targets[0]
-        # Arcs of all other orders, sorted: of state and word, as one number. Where those of the highest order lead to
-        # is what the order below says.
-        self._keys = np.empty(sum(map(len, orders[1:])) + 1, np.int64)
-        self._keys[-1] = np.iinfo(np.int64).max
-        place = 0
-        for n, grams in enumerate(orders[1:]):
-            keys = self._keys[place : place + len(grams)]
-            np.add(grams.prefix, first[n], out=keys)
-            keys *= self._words
-            keys += grams.word
-            place += len(grams)
-        self._scores = np.concatenate([*(_scores(grams) for grams in orders[1:]), np.zeros(1, np.float32)])
-        self._targets = np.concatenate([*targets[1:], np.full(1, _LOWER, np.int32)])
-        self.start = int(targets[0][model.words.index(START)])
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._backoff, self._lower, self._unigrams, self._after, self._keys, self._scores, self._targets = (
+            arrays[name] for name in ("backoff", "lower", "unigrams", "after", "keys", "scores", "targets")
+        )
+        self._words = len(self._unigrams)
+        self.start, self.end = arrays["sentence"].tolist()
+
+    @classmethod
+    def of(cls, model: NgramModel) -> "Arcs":
+        """Those of a model."""
+        return cls(_arcs(model))
+
+    @classmethod
+    def read(cls, path: Path, words: NgramModel) -> "Arcs":
+        """Those of a file, of which `read_words` gave the words; kept for the next process (see asr.files.kept).
+
+        Raises:
+            ModelError: it cannot be read.
+        """
+        return cls(kept("arcs", [path], lambda: _arcs(read_ngrams(path, words))))
 
     def step(self, states: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See Automaton."""
@@ -126,6 +117,43 @@ class Arcs:
             scores[open_[~scored]] += self._backoff[states[~scored]]
             states = self._lower[states].astype(np.int64)
         return scores, after
+
+
+def _arcs(model: NgramModel) -> dict[str, np.ndarray]:
+    orders, words = model.orders, len(model.words)
+    contexts = orders[:-1] or orders  # words by themselves at the least
+    first = np.cumsum([1, *map(len, contexts)], dtype=np.int32)  # of each order's contexts, among states
+    targets: list[np.ndarray] = []  # of each order's n-grams that are contexts, the state that they lead to
+    lower: list[np.ndarray] = [np.zeros(1, np.int32)]  # of each order's contexts, the state of their end
+    for n, grams in enumerate(contexts):
+        shorter = targets[-1][grams.suffix] if n else np.zeros(len(grams), np.int32)
+        lower.append(shorter)
+        tells = grams.log_backoff != 0
+        if n + 1 < len(orders):
+            tells[orders[n + 1].prefix] = True
+        targets.append(np.where(tells, np.arange(first[n], first[n + 1], dtype=np.int32), shorter))
+    backoffs = [np.asarray(grams.log_backoff / LOG10, np.float32) for grams in contexts]
+    # Arcs of all other orders, sorted: of state and word, as one number. Where those of the highest order lead to
+    # is what the order below says.
+    keys = np.empty(sum(map(len, orders[1:])) + 1, np.int64)
+    keys[-1] = np.iinfo(np.int64).max
+    place = 0
+    for n, grams in enumerate(orders[1:]):
+        those = keys[place : place + len(grams)]
+        np.add(grams.prefix, first[n], out=those)
+        those *= words
+        those += grams.word
+        place += len(grams)
+    return {
+        "backoff": np.concatenate([np.zeros(1, np.float32), *backoffs]),
+        "lower": np.concatenate(lower),
+        "unigrams": _scores(orders[0]),
+        "after": targets[0],
+        "keys": keys,
+        "scores": np.concatenate([*(_scores(grams) for grams in orders[1:]), np.zeros(1, np.float32)]),
+        "targets": np.concatenate([*targets[1:], np.full(1, _LOWER, np.int32)]),
+        "sentence": np.array([targets[0][model.words.index(START)], model.words.index(END)], np.int64),
+    }
 
 
 class Scorer:

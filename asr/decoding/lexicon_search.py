@@ -4,6 +4,7 @@ Hypotheses are rows of arrays: all of them take each frame together.
 """
 
 import heapq
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,9 @@ SURPRISE = 2.0  # base 10: words that would be dropped though a context made the
 _NONE = -1
 
 
+Tree = Mapping[str, np.ndarray]
+
+
 class Lexicon:
     """A tree of words, spelled in labels of one kind, and how `Running` searches in it.
 
@@ -28,10 +32,7 @@ class Lexicon:
     1997): that is taken back when the word is known.
 
     Args:
-        labels: of all spellings, one after the other, (all labels,).
-        lengths: of each spelling, (spellings,). Those with common beginnings stand together: they are sorted, by
-            whatever order of labels.
-        words: what each spells, (spellings,).
+        tree: see `tree_of`.
         scores: of each word by itself, base 10.
         columns: of the log-probabilities, those of the labels; the blank is the first.
         silence: a label that may stand between words, any number of times; None: there is none.
@@ -41,9 +42,7 @@ class Lexicon:
 
     def __init__(
         self,
-        labels: np.ndarray,
-        lengths: np.ndarray,
-        words: np.ndarray,
+        tree: Tree,
         scores: np.ndarray,
         columns: slice,
         silence: int | None,
@@ -53,33 +52,56 @@ class Lexicon:
     ) -> None:
         self.columns, self.silence, self.beam = columns, silence, beam
         self.lm_weight, self.word_score = lm_weight, word_score
-        starts = np.cumsum(lengths) - lengths
-        own = scores[words]
-        node = np.zeros(len(words), np.int32)  # that each spelling has come to
-        label, parent, best = [np.array([BLANK])], [np.array([_NONE], np.int32)], [np.array([0.0])]
-        count = 1
-        on, at = np.arange(len(words), dtype=np.int32), node  # spellings that go on, and where they are
-        for depth in range(int(lengths.max(initial=0))):
-            going = np.flatnonzero(lengths[on] > depth)
-            on, at, own = on[going], at[going], own[going]
-            said = labels[starts[on] + depth]
-            new = np.append(True, (at[1:] != at[:-1]) | (said[1:] != said[:-1]))
-            first = np.flatnonzero(new)
-            label.append(said[first])
-            parent.append(at[first])
-            best.append(np.maximum.reduceat(own, first))
-            at = np.cumsum(new, dtype=np.int32) + np.int32(count - 1)
-            node[on] = at
-            count += len(first)
-        self.label, above = np.concatenate(label).astype(np.int64), np.concatenate(parent)
-        self.best = lm_weight * np.concatenate(best)  # of what a node's words score by themselves; nothing at the root
-        self.children = np.bincount(above[1:], minlength=count)
+        self.label, self.children, self.word, self.words = (
+            tree[name] for name in ("label", "children", "word", "words")
+        )
+        self.best = lm_weight * tree["best"]  # of what a node's words score by themselves; nothing at the root
         self.first_child = np.cumsum(self.children) - self.children + 1  # nodes stand in the order of their parents
-        order = np.argsort(node, kind="stable")
-        self.word, self.words = words[order], np.bincount(node, minlength=count)
         self.own = lm_weight * scores[self.word]
         self.surprise = lm_weight * SURPRISE + word_score  # what a word brings at the most, beside its own score
         self.first_word = np.cumsum(self.words) - self.words
+
+
+def tree_of(labels: np.ndarray, lengths: np.ndarray, words: np.ndarray, scores: np.ndarray) -> Tree:
+    """The tree of a Lexicon.
+
+    Args:
+        labels: of all spellings, one after the other, (all labels,).
+        lengths: of each spelling, (spellings,). Those with common beginnings stand together: they are sorted, by
+            whatever order of labels.
+        words: what each spells, (spellings,).
+        scores: of each word by itself, base 10.
+
+    Returns:
+        Of each node, the root first: its label, the best score of its words, how many children it has ("children") and
+        how many words end there ("words"); and these words ("word").
+    """
+    starts = np.cumsum(lengths) - lengths
+    own = scores[words]
+    node = np.zeros(len(words), np.int32)  # that each spelling has come to
+    label, parent, best = [np.array([BLANK])], [np.array([_NONE], np.int32)], [np.array([0.0])]
+    count = 1
+    on, at = np.arange(len(words), dtype=np.int32), node  # spellings that go on, and where they are
+    for depth in range(int(lengths.max(initial=0))):
+        going = np.flatnonzero(lengths[on] > depth)
+        on, at, own = on[going], at[going], own[going]
+        said = labels[starts[on] + depth]
+        new = np.append(True, (at[1:] != at[:-1]) | (said[1:] != said[:-1]))
+        first = np.flatnonzero(new)
+        label.append(said[first])
+        parent.append(at[first])
+        best.append(np.maximum.reduceat(own, first))
+        at = np.cumsum(new, dtype=np.int32) + np.int32(count - 1)
+        node[on] = at
+        count += len(first)
+    above = np.concatenate(parent)[1:]
+    return {
+        "label": np.concatenate(label).astype(np.int64),
+        "best": np.concatenate(best),
+        "children": np.bincount(above, minlength=count),
+        "word": words[np.argsort(node, kind="stable")],
+        "words": np.bincount(node, minlength=count),
+    }
 
 
 class Found(NamedTuple):

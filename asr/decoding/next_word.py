@@ -7,7 +7,8 @@ by it.
 import gzip
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from asr.decoding.lstm import lstm_step
 from asr.errors import ModelError
-from asr.files import write_atomically
+from asr.files import kept, write_atomically
 
 FORMAT_VERSION = 2
 UNKNOWN_ID, END_ID = 0, 1
@@ -56,23 +57,37 @@ def read_model(folder: Path) -> tuple[dict[str, np.ndarray], list[str], dict[str
     Raises:
         ModelError: there is none, or it is damaged or of another version.
     """
+    words, about = _read_about(folder)
+    return _read_weights(folder), words, about
+
+
+def _read_about(folder: Path) -> tuple[list[str], dict[str, Any]]:
     if not (folder / _ABOUT).is_file():
         raise ModelError(f"{folder}: no next-word model; make one with `asr train-lm TEXT --kind lstm --out {folder}`")
-    try:
+    with _undamaged(folder):
         about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
         if about["format_version"] != FORMAT_VERSION:
             version = about["format_version"]
             raise ModelError(f"{folder}: format version {version}, this program reads {FORMAT_VERSION}; train it again")
-        words = gzip.decompress((folder / _WORDS).read_bytes()).decode().split()
-        with np.load(folder / _WEIGHTS) as file:
-            kept = {name: file[name] for name in file.files}
+        return gzip.decompress((folder / _WORDS).read_bytes()).decode().split(), about
+
+
+def _read_weights(folder: Path) -> dict[str, np.ndarray]:
+    with _undamaged(folder), np.load(folder / _WEIGHTS) as file:
+        stored = {name: file[name] for name in file.files}
+        scales = {name: stored.pop(name) for name in list(stored) if name.endswith(_SCALE)}
+        weights = {name: stored[name] * scales.get(name + _SCALE, np.float32(1)) for name in stored}
+        return {name: weight.astype(np.float32, copy=False) for name, weight in weights.items()}
+
+
+@contextmanager
+def _undamaged(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(f"{folder}: the model is damaged ({str(error).splitlines()[0]}); train it again") from error
-    scales = {name: kept.pop(name) for name in list(kept) if name.endswith(_SCALE)}
-    weights = {name: kept[name] * scales.get(name + _SCALE, np.float32(1)) for name in kept}
-    return {name: weight.astype(np.float32, copy=False) for name, weight in weights.items()}, words, about
 
 
 def make_small(folder: Path) -> None:
@@ -97,7 +112,8 @@ class TextScorer:
     """
 
     def __init__(self, folder: Path) -> None:
-        weights, words, about = read_model(folder)
+        words, about = _read_about(folder)
+        weights = kept("next-word", [folder / _WEIGHTS], lambda: _read_weights(folder))
         if about.get("kind") != "lstm":
             raise ModelError(f"{folder}: its cell is {about.get('kind')!r}; the search reads --kind lstm alone")
         try:
