@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 import shutil
-import tempfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,6 +15,7 @@ import numpy as np
 _KEPT = 1  # the version of what is kept in the user's cache
 _MOST_KEPT = 6  # of each kind there
 _WORTH_KEEPING = 1 << 20  # bytes; less is made in no time
+_keeping = threading.Lock()
 
 
 @contextmanager
@@ -91,28 +92,21 @@ def kept(
         else:
             return make()  # which says so
     place = _cache() / f"{name}-{digest.hexdigest()}"
-    try:
-        if arrays := {file.stem: np.asarray(np.load(file, mmap_mode="r")) for file in place.glob("*.npy")}:
-            return arrays
-    except (OSError, ValueError):  # damaged
-        shutil.rmtree(place, ignore_errors=True)
-    made = make()
-    if sum(array.nbytes for array in made.values()) < _WORTH_KEEPING:
+    with _keeping:  # two networks of a model may want the same
+        with suppress(OSError, ValueError):  # damaged
+            if arrays := {file.stem: np.asarray(np.load(file, mmap_mode="r")) for file in place.glob("*.npy")}:
+                return arrays
+        made = make()
+        if sum(array.nbytes for array in made.values()) < _WORTH_KEEPING:
+            return made
+        with suppress(OSError):
+            with replacing_folder(place) as temporary:
+                for part, array in made.items():
+                    np.save(temporary / f"{part}.npy", array)
+            there = sorted(place.parent.glob(f"{name}-*"), key=lambda path: path.stat().st_mtime)
+            for old in there[:-_MOST_KEPT]:
+                shutil.rmtree(old, ignore_errors=True)
         return made
-    with suppress(OSError):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=place.parent))
-        try:
-            for part, array in made.items():
-                np.save(temporary / f"{part}.npy", array)
-            if not place.exists():  # by another process
-                replace_folder(temporary, place)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        there = sorted(place.parent.glob(f"{name}-*"), key=lambda path: path.stat().st_mtime)
-        for old in there[:-_MOST_KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
-    return made
 
 
 def _cache() -> Path:
@@ -120,16 +114,24 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or f"{home}/.cache") / "streaming-asr"
 
 
-def replace_folder(temporary: Path, folder: Path) -> None:
-    """Move a finished folder to its place; what was there before goes."""
-    for path in (*temporary.rglob("*"), temporary):
-        _sync(path)
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Give the block an empty folder to fill; when it ends well, that takes the place of `folder`."""
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    _sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            _sync(path)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(temporary, folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

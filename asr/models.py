@@ -1,8 +1,6 @@
 """The networks: an offline BiLSTM and a streaming LSTM, from samples to log-probabilities of tokens."""
 
 import math
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from asr.config import NetworkConfig, from_dict, read_toml, to_toml
 from asr.errors import ModelError
 from asr.features import LogMel
-from asr.files import replace_folder
+from asr.files import replacing_folder
 from asr.nn import (
     LSTM,
     BiLSTM,
@@ -180,27 +178,23 @@ def save_network(network: Network, folder: str | Path, *, dtype: torch.dtype = t
     Args:
         dtype: what floating-point weights are stored in (float16 halves the file).
     """
-    folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    (temporary / "config.toml").write_text(to_toml(network.config), encoding="utf-8")
-    network.tokenizer.save(temporary / "tokens.txt")
-    if network.phones:
-        (temporary / "phones.txt").write_text("\n".join(network.phones) + "\n", encoding="utf-8")
-    if network.log_priors is not None:
-        write_priors(temporary, network.log_priors)
     weights = {
         name: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
         for name, value in network.state_dict().items()
     }
-    save_file(weights, temporary / "weights.safetensors")
-    (temporary / "weights.safetensors").chmod(0o644)  # safetensors makes it private
-    if network.transducer is not None:
-        kind = np.float16 if dtype == torch.float16 else np.float32
-        arrays = {name: value.astype(kind) for name, value in network.transducer.arrays().items()}
-        np.savez(temporary / PREDICTION_FILE, allow_pickle=False, **arrays)
-    replace_folder(temporary, folder)
+    with replacing_folder(Path(folder)) as temporary:
+        (temporary / "config.toml").write_text(to_toml(network.config), encoding="utf-8")
+        network.tokenizer.save(temporary / "tokens.txt")
+        if network.phones:
+            (temporary / "phones.txt").write_text("\n".join(network.phones) + "\n", encoding="utf-8")
+        if network.log_priors is not None:
+            write_priors(temporary, network.log_priors)
+        save_file(weights, temporary / "weights.safetensors")
+        (temporary / "weights.safetensors").chmod(0o644)  # safetensors makes it private
+        if network.transducer is not None:
+            kind = np.float16 if dtype == torch.float16 else np.float32
+            arrays = {name: value.astype(kind) for name, value in network.transducer.arrays().items()}
+            np.savez(temporary / PREDICTION_FILE, allow_pickle=False, **arrays)
 
 
 def load_network(folder: str | Path) -> Network:

@@ -11,7 +11,7 @@ from typing import Any
 
 from asr.config import TrainConfig, from_dict, to_toml
 from asr.errors import AsrError, ConfigError
-from asr.files import replace_folder, write_atomically
+from asr.files import replacing_folder, write_atomically
 from asr.runtime.folder import LM_FOLDER, NEXT_WORD_FOLDER
 
 _ATTEMPTS = 3  # that get no further than the one before
@@ -69,9 +69,8 @@ def _take_language_models(start: Path, model: Path) -> None:
     """Search with those of the model that the training started from, unless there are others already."""
     for name in (LM_FOLDER, NEXT_WORD_FOLDER):
         if (start / name).is_dir() and not (model / name).exists():
-            temporary = model / f".{name}.tmp-{os.getpid()}"
-            shutil.copytree(start / name, temporary)
-            replace_folder(temporary, model / name)
+            with replacing_folder(model / name) as temporary:
+                shutil.copytree(start / name, temporary, dirs_exist_ok=True)
 
 
 def _write_card(config: TrainConfig, run: Path) -> None:

@@ -3,7 +3,6 @@
 import gzip
 import json
 import lzma
-import shutil
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from asr.decoding.ngram import Perplexity, estimate, perplexity, prune
 from asr.decoding.ngram_files import write_arpa, write_ngrams
 from asr.errors import AsrError, TextError
-from asr.files import replace_folder
+from asr.files import replacing_folder
 from asr.lexicon import known_words, write_pronunciations
 from asr.runtime.folder import LM_FILE, LM_FOLDER, LM_LEXICON
 from asr.text import normalize
@@ -71,25 +70,22 @@ def train_lm(
     measured = perplexity(model, held_out)
 
     folder = out / LM_FOLDER
-    unfinished = out / f"{LM_FOLDER}.unfinished"
+    made_of = {
+        "texts": [path.name for path in texts],
+        "order": order,
+        "threshold": threshold,
+        "lexicon": lexicon,
+        "words": len(model.lexicon),
+        "ngrams": [len(grams) for grams in model.orders],
+        "perplexity": round(measured.value, 2) if measured.words else None,
+        "unknown": measured.unknown / max(measured.words + measured.unknown, 1),
+    }
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        write_ngrams(model, unfinished / LM_FILE)
-        if lexicon:
-            write_pronunciations(unfinished / LM_LEXICON, model.lexicon)
-        made_of = {
-            "texts": [path.name for path in texts],
-            "order": order,
-            "threshold": threshold,
-            "lexicon": lexicon,
-            "words": len(model.lexicon),
-            "ngrams": [len(grams) for grams in model.orders],
-            "perplexity": round(measured.value, 2) if measured.words else None,
-            "unknown": measured.unknown / max(measured.words + measured.unknown, 1),
-        }
-        write_text(unfinished / "lm.json", json.dumps(made_of, indent=2, ensure_ascii=False) + "\n")
-        replace_folder(unfinished, folder)
+        with replacing_folder(folder) as unfinished:
+            write_ngrams(model, unfinished / LM_FILE)
+            if lexicon:
+                write_pronunciations(unfinished / LM_LEXICON, model.lexicon)
+            write_text(unfinished / "lm.json", json.dumps(made_of, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise AsrError(f"{folder}: cannot be written ({error.strerror or error})") from error
     if arpa is not None:

@@ -1,7 +1,6 @@
 """Export: a trained network as ONNX graphs, each compared with PyTorch on speech before it is written."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from asr.audio import EDGE_SILENCE_SECONDS, SAMPLE_RATE
 from asr.decoding.calibration import CALIBRATION_FILE
 from asr.decoding.next_word import make_small
 from asr.errors import ModelError
-from asr.files import replace_folder, replacing, write_atomically
+from asr.files import replacing, replacing_folder, write_atomically
 from asr.models import Network, load_network, save_network
 from asr.runtime.export_graph import GraphBuilder, check_speech
 from asr.runtime.folder import LM_FOLDER, NEXT_WORD_FOLDER
@@ -221,10 +220,7 @@ def _write_model(
     small: bool,
     speech: Sequence[np.ndarray] | None,
 ) -> Path:
-    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with replacing_folder(out) as temporary:
         for kind, folder in networks.items():
             save_network(load_network(folder), temporary / kind, dtype=torch.float16 if small else torch.float32)
             write_graphs(temporary / kind, precisions=("int8",) if small else ("fp32", "int8"), speech=speech)
@@ -235,7 +231,4 @@ def _write_model(
         if small and NEXT_WORD_FOLDER in language_models:
             make_small(temporary / NEXT_WORD_FOLDER)
         write_atomically(temporary / "card.json", card)
-        replace_folder(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # where something failed
     return out

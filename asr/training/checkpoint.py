@@ -5,7 +5,6 @@ temporary name, synced and renamed, so the newest is whole; where a disk loses i
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from asr.errors import ModelError
-from asr.files import replace_folder
+from asr.files import replacing_folder
 from asr.models import Network
 from asr.training.optimizer import Optimizer
 
@@ -36,14 +35,11 @@ def save_checkpoint(
         progress: anything JSON holds: the position in the data, the best score, counters.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".step-{step:08d}.tmp-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    save_file(_owned(network.state_dict()), temporary / "weights.safetensors")
-    save_file(_owned(optimizer.state_dict()), temporary / "optimizer.safetensors")
-    save_file({f"rank-{i}": s.clone() for i, s in enumerate(random_states)}, temporary / "random.safetensors")
-    (temporary / "progress.json").write_text(json.dumps({**progress, "step": step}), encoding="utf-8")
-    replace_folder(temporary, folder / f"step-{step:08d}")
+    with replacing_folder(folder / f"step-{step:08d}") as temporary:
+        save_file(_owned(network.state_dict()), temporary / "weights.safetensors")
+        save_file(_owned(optimizer.state_dict()), temporary / "optimizer.safetensors")
+        save_file({f"rank-{i}": s.clone() for i, s in enumerate(random_states)}, temporary / "random.safetensors")
+        (temporary / "progress.json").write_text(json.dumps({**progress, "step": step}), encoding="utf-8")
     for old in checkpoints(folder)[:-_KEPT]:
         shutil.rmtree(old, ignore_errors=True)
 

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from asr.errors import ConfigError, ModelError, TextError
-from asr.files import replace_folder
+from asr.files import replacing_folder
 from asr.next_word import NextWord, load, save
 from asr.nn import State, detach
 from asr.training.step import choose_precision, learning_rate
@@ -120,14 +119,11 @@ def train_next_word(
 
 def _keep(model: NextWord, optimizer: torch.optim.Optimizer, state: State, folder: Path, about: dict) -> None:
     """Write the model and all that it takes to go on, in one step."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save(model, temporary, about)
     moments = {f"adam.{i}.{k}": v for i, entry in optimizer.state_dict()["state"].items() for k, v in entry.items()}
     memory = {f"state.{i}": part.contiguous() for i, part in enumerate(state)}
-    save_file({**moments, **memory, "random": torch.get_rng_state()}, temporary / _TRAINING)
-    replace_folder(temporary, folder)
+    with replacing_folder(folder) as temporary:
+        save(model, temporary, about)
+        save_file({**moments, **memory, "random": torch.get_rng_state()}, temporary / _TRAINING)
 
 
 def _go_on(model: NextWord, optimizer: torch.optim.Optimizer, folder: Path, about: dict) -> tuple[int, State]:
