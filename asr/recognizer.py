@@ -27,6 +27,7 @@ from asr.runtime.folder import (
     NETWORKS,
     PREDICTION_FILE,
     best_decoding,
+    choose_network,
     find_graph,
     find_language_model,
     find_lexicon,
@@ -139,14 +140,15 @@ class Recognizer:
         return tuple(self._networks)
 
     def transcribe(
-        self, audio: str | Path | np.ndarray, sample_rate: int | None = None, network: str = "offline"
+        self, audio: str | Path | np.ndarray, sample_rate: int | None = None, network: str | None = None
     ) -> Transcript:
         """Recognize a recording of any length; a file is read in constant memory.
 
         Args:
             audio: a file, or samples: int16, or float32 in [-1, 1], (n,) or (n, channels).
             sample_rate: of samples, Hz; 16000 when it is not given. A file tells its own.
-            network: "offline", or "streaming", which writes what live audio would give.
+            network: "offline", or "streaming", which writes what live audio would give; None: offline, if the model has
+                that.
 
         Raises:
             AudioError: the file or the samples cannot be read.
@@ -158,6 +160,7 @@ class Recognizer:
             blocks, rate = audio_blocks(audio), SAMPLE_RATE
         else:
             blocks, rate = iter([audio]), SAMPLE_RATE if sample_rate is None else sample_rate
+        network = network or choose_network(self._networks)
         chosen = self._network(network)
         if network == "streaming":
             session = self.stream(rate)
@@ -166,13 +169,14 @@ class Recognizer:
             return session.finish()
         return self._transcribe_offline(chosen, blocks, rate)
 
-    def transcribe_batch(self, batch: Sequence[np.ndarray], network: str = "offline") -> list[Transcript]:
-        """Recognize many utterances uncut, each one segment: float32 (n,) at 16 kHz each.
+    def transcribe_batch(self, batch: Sequence[np.ndarray], network: str | None = None) -> list[Transcript]:
+        """Recognize many utterances uncut, each one segment: float32 (n,) at 16 kHz each; `network` as above.
 
         Raises:
             AudioError: samples that cannot be read.
             ModelError: the model has no such network.
         """
+        network = network or choose_network(self._networks)
         chosen = self._network(network)
         audios = [to_float(samples) for samples in batch]
         if network == "streaming":
@@ -235,9 +239,7 @@ class Recognizer:
         if name not in NETWORKS:
             raise ConfigError(f"network = {name!r}: must be {' or '.join(NETWORKS)}")
         if name not in self._networks:
-            has = ", ".join(self._networks)
-            flag = "add --streaming" if name == "offline" else "leave out --streaming"
-            raise ModelError(f"the {self._name} has no {name} network (it has: {has}); on the command line: {flag}")
+            raise ModelError(f"the {self._name} has no {name} network (it has: {', '.join(self._networks)})")
         return self._networks[name]
 
     def _transcribe_offline(self, network: Network, blocks: Iterable[np.ndarray], rate: int) -> Transcript:

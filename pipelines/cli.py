@@ -26,7 +26,7 @@ Train a model on recordings of your own, in English (other languages: README.md)
   asr prepare dev.jsonl --out data/mine_dev
   asr align data/mine
   asr train configs/own_streaming.toml --workers 2 --out runs/mine
-  asr evaluate --model runs/mine/model test.jsonl --streaming
+  asr evaluate --model runs/mine/model test.jsonl
   asr export runs/mine -o mymodel
   asr train-lm text.txt --out mymodel  [dim]# the beam search uses it[/dim]
 

@@ -20,7 +20,7 @@ from asr.files import replacing, write_atomically
 from asr.inspect import BLOCK_FRAMES, Inspection, Layer, is_gate, loudness_range
 from asr.inspect import inspect as inspect_network
 from asr.models import load_network
-from asr.runtime.folder import find_networks
+from asr.runtime.folder import choose_network, find_networks
 
 LONGEST = 60.0  # seconds; a page with more of it is slow to draw, and too wide to read
 _PAGE = Path(__file__).with_name("inspect.html")
@@ -89,10 +89,9 @@ def find_network(model: Path | None, streaming: bool) -> Path:
     if model is not None and (model / "config.toml").is_file():
         return model
     networks = find_networks(model)
-    wanted = "streaming" if streaming else "offline"
+    wanted = choose_network(networks, streaming)
     if wanted not in networks:
-        other = "leave out --streaming" if streaming else "add --streaming"
-        raise ModelError(f"{model}: has no {wanted} network; {other}")
+        raise ModelError(f"{model}: has no streaming network; leave out --streaming")
     return networks[wanted]
 
 

@@ -325,7 +325,8 @@ def test_silence_without_words_is_shown_too(model: Path, tmp_path: Path) -> None
 
 def test_what_cannot_be_shown_is_refused_with_the_reason(model: Path, recording: Path, tmp_path: Path) -> None:
     def look(output: str = "x.html", models: list[Path | None] | None = None, **options: object) -> None:
-        inspect_files(recording, [tmp_path / output], models or [model], streaming=False, **options)  # type: ignore[arg-type]
+        chosen: dict = {"streaming": False, **options}
+        inspect_files(recording, [tmp_path / output], models or [model], **chosen)
 
     with pytest.raises(ConfigError, match=r"x\.pdf: must end in \.html, \.png, \.json, \.parquet"):
         look("x.pdf")
@@ -336,12 +337,12 @@ def test_what_cannot_be_shown_is_refused_with_the_reason(model: Path, recording:
     with pytest.raises(AudioError, match=r"cannot read -1\.0 s"):
         look(duration=-1.0)
     (tmp_path / "part").mkdir()
-    (model / "streaming").rename(tmp_path / "part/streaming")
+    (model / "offline").rename(tmp_path / "part/offline")
     try:
-        with pytest.raises(ModelError, match="has no offline network; add --streaming"):
-            look(models=[tmp_path / "part"])
+        with pytest.raises(ModelError, match="has no streaming network; leave out --streaming"):
+            look(models=[tmp_path / "part"], streaming=True)
     finally:
-        (tmp_path / "part/streaming").rename(model / "streaming")
+        (tmp_path / "part/offline").rename(model / "offline")
     soundfile.write(tmp_path / "long.wav", np.zeros(16_000 * 61, np.float32), 16_000)
     with pytest.raises(AudioError, match="longer than 60 s; choose a part with --start and --duration"):
         inspect_files(tmp_path / "long.wav", [tmp_path / "x.html"], [model], streaming=False)

@@ -162,12 +162,21 @@ def test_file_names_that_are_not_unicode(tmp_path: Path, capfdbinary: pytest.Cap
 def test_a_missing_network_ends_the_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Recognizer, "load", lambda *_, **__: toy_recognizer(["streaming"]))
+    monkeypatch.setattr(Recognizer, "load", lambda *_, **__: toy_recognizer(["offline"]))
     audio = write(tmp_path / "a.wav", "text")
-    assert run(audio, audio) == 1
-    told = "the toy has no offline network (it has: streaming); on the command line: add --streaming"
-    assert capsys.readouterr().err == f"error: {told}\n"
-    assert run(audio, "--streaming") == 0
+    assert run(audio, audio, "--streaming") == 1
+    assert capsys.readouterr().err == "error: the toy has no streaming network (it has: offline)\n"
+    assert run(audio) == 0
+
+
+def test_without_an_offline_network_the_streaming_one_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Recognizer, "load", lambda *_, **__: toy_recognizer(["streaming"]))
+    monkeypatch.setattr("asr.runtime.folder.find_networks", lambda _: {"streaming": tmp_path})
+    assert run(write(tmp_path / "a.wav", "text")) == 0
+    assert capsys.readouterr().out == "text\n"
+    assert toy_recognizer(["streaming"]).transcribe(tmp_path / "a.wav").text == "text"
 
 
 def test_choices_reach_the_recognizer(monkeypatch: pytest.MonkeyPatch) -> None:

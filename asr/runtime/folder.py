@@ -1,5 +1,6 @@
 """The model folder: finds what is in it and names what is missing, half-written or of another version."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
@@ -53,6 +54,11 @@ def find_networks(path: str | Path | None) -> dict[str, Path]:
     for network in networks.values():
         _check(network)
     return networks
+
+
+def choose_network(networks: Collection[str], streaming: bool = False) -> str:
+    """The offline network of those that a model has, unless it has none or the streaming one is asked for."""
+    return "streaming" if streaming or "offline" not in networks else "offline"
 
 
 def _check(network: Path) -> None:

@@ -132,7 +132,7 @@ def evaluate(
     search = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score, "hot_words": hot_words}
     options = recognizer_options(model, decoding, engine, precision, threads, rule, **search)
     options = replace(options, calibrated=not calibrate)
-    network = network_name(streaming or two_pass or latency)
+    network = network_name(model, streaming or two_pass or latency)
     about = f"{network} network of {model or 'the shipped model'}, {options.decoding} decoding"
     if latency:
         figures, problems = _latency(manifests, options, [model, *(against or ())], report_file, about)

@@ -39,7 +39,7 @@ ModelOption = Annotated[
 ]
 StreamingOption = Annotated[
     bool,
-    typer.Option("--streaming", help="Use the streaming network instead of the offline one.", rich_help_panel=HOW),
+    typer.Option("--streaming", help="Use the streaming network, where a model has both.", rich_help_panel=HOW),
 ]
 DecodingOption = Annotated[
     Decoding | None,
@@ -152,8 +152,10 @@ def endpoint_config(rules: Sequence[str]) -> Any:
     return EndpointConfig(**given)
 
 
-def network_name(streaming: bool) -> str:
-    return "streaming" if streaming else "offline"
+def network_name(model: Path | None, streaming: bool) -> str:
+    from asr.runtime.folder import choose_network, find_networks
+
+    return choose_network(find_networks(model), streaming)
 
 
 def tell(line: str) -> None:

@@ -103,7 +103,7 @@ def transcribe(
         for result in run(
             recordings,
             options,
-            network=network_name(streaming),
+            network=network_name(model, streaming),
             format=format,
             output_dir=output_dir,
             overwrite=overwrite,
