@@ -1,21 +1,14 @@
 """Files that are whole or not there, also after a power loss: written under a temporary name, synced, then renamed."""
 
-import hashlib
 import io
 import os
 import shutil
-import threading
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-
-_KEPT = 1  # the version of what is kept in the user's cache
-_MOST_KEPT = 6  # of each kind there
-_WORTH_KEEPING = 1 << 20  # bytes; less is made in no time
-_keeping = threading.Lock()
 
 
 @contextmanager
@@ -69,57 +62,15 @@ def from_byte_planes(planes: np.ndarray) -> np.ndarray:
     return numbers
 
 
-def kept(
-    name: str, made_of: Iterable[np.ndarray | Path], make: Callable[[], Mapping[str, np.ndarray]]
-) -> Mapping[str, np.ndarray]:
-    """What `make` gives, from the user's cache (XDG_CACHE_HOME, or ~/.cache) if it was made there before.
-
-    What cannot be kept is made each time. Arrays of the cache are read as they are used, and shared by processes.
-
-    Args:
-        name: of what is made.
-        made_of: all that it depends on: arrays, and files, which are known by place, size and time.
-        make: called where it is not there.
-    """
-    digest = hashlib.blake2b(f"{_KEPT} {name}".encode(), digest_size=16)
-    for part in made_of:
-        if isinstance(part, np.ndarray):
-            digest.update(f"{part.dtype} {part.shape}".encode())
-            digest.update(part.tobytes())
-        elif part.exists():
-            status = part.stat()
-            digest.update(f"{part.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
-        else:
-            return make()  # which says so
-    place = _cache() / f"{name}-{digest.hexdigest()}"
-    with _keeping:  # two networks of a model may want the same
-        with suppress(OSError, ValueError):  # damaged
-            if arrays := {file.stem: np.asarray(np.load(file, mmap_mode="r")) for file in place.glob("*.npy")}:
-                return arrays
-        made = make()
-        if sum(array.nbytes for array in made.values()) < _WORTH_KEEPING:
-            return made
-        with suppress(OSError):
-            with replacing_folder(place) as temporary:
-                for part, array in made.items():
-                    np.save(temporary / f"{part}.npy", array)
-            there = sorted(place.parent.glob(f"{name}-*"), key=lambda path: path.stat().st_mtime)
-            for old in there[:-_MOST_KEPT]:
-                shutil.rmtree(old, ignore_errors=True)
-        return made
-
-
-def _cache() -> Path:
-    home = os.path.expanduser("~")  # "~" itself, where it is not known
-    return Path(os.environ.get("XDG_CACHE_HOME") or f"{home}/.cache") / "streaming-asr"
-
-
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Give the block an empty folder to fill; when it ends well, that takes the place of `folder`."""
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    if old.exists() and not folder.exists():  # a process of this number was killed between the two renames
+        os.replace(old, folder)
+    for left in (temporary, old):
+        shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -130,6 +81,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         os.replace(temporary, folder)
         _sync(folder.parent)
     finally:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 

@@ -48,7 +48,7 @@ def test_the_json_of_two_manifests(tmp_path: Path, network: str, capsys: pytest.
     one = manifest(tmp_path / "one.jsonl", ("a long first row", "a long first row"), ("cat sat", "Hat sat on!"))
     two = manifest(tmp_path / "two.jsonl", ("well done", "well"))
     flags = ["--streaming"] if network == "streaming" else []
-    assert run(one, two, "--json", tmp_path / "out.json", *flags) == 0
+    assert run(one, two, "--decoding", "greedy", "--json", tmp_path / "out.json", *flags) == 0
     told = json.loads((tmp_path / "out.json").read_text())
     assert told.keys() == {"results", "total"}
     first, second = told["results"]
@@ -56,7 +56,7 @@ def test_the_json_of_two_manifests(tmp_path: Path, network: str, capsys: pytest.
     assert 0 < rtf < 10
     assert first.pop("partial_words_changed", None) == (0.0 if network == "streaming" else None)
     assert first == {
-        "manifest": str(one), "network": network, "decoding": "beam", "utterances": 2, "unreadable": 0,
+        "manifest": str(one), "network": network, "decoding": "greedy", "utterances": 2, "unreadable": 0,
         "words": 7, "substitutions": 1, "deletions": 1, "insertions": 0, "wer": 2 / 7, "cer": 4 / 26,
     }  # fmt: skip
     assert (second["insertions"], second["wer"]) == (1, 1.0)

@@ -103,7 +103,7 @@ def test_of_the_shipped_model_too(kind: str) -> None:
     found = inspect(net, samples)
     for got, h in zip(found_outputs(found), raw_outputs(net, samples), strict=True):
         assert np.abs(got - h.numpy()).max() < 1e-5
-    plain = Recognizer.load(engine="torch", endpoint=None, calibrated=False)
+    plain = Recognizer.load(engine="torch", decoding="greedy", endpoint=None, calibrated=False)
     told = plain.transcribe(samples, network=kind)
     assert [(w.text, round(w.start, 3), round(w.end, 3)) for w in found.words] == [
         (w.text, round(w.start, 3), round(w.end, 3)) for w in told.words

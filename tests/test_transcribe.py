@@ -44,8 +44,12 @@ def test_a_recording_from_standard_input(
         assert run("-") == status
         out, err = capsys.readouterr()
         assert out == expected
-        assert ("stdin: empty" in err) == bool(status)
+        assert err == ("error: standard input: empty, 0 bytes\n" if status else "")
     assert run("-", recording) == 2
+    assert run("-", "--output-dir", tmp_path / "out") == 2
+    monkeypatch.setattr(sys, "stdin", None)
+    assert run("-") == 1
+    assert capsys.readouterr().err.endswith("error: -: there is no standard input\n")
 
 
 def test_a_pause_ends_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

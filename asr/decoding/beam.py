@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from asr.cache import kept
 from asr.decoding import Best, Hypothesis, TokenSpan
 from asr.decoding.ctc import align, log_likelihoods
 from asr.decoding.hot_words import check_hot_words
@@ -18,7 +19,6 @@ from asr.decoding.language_model import Automaton, Scorer
 from asr.decoding.lexicon_search import BLANK, IMPOSSIBLE, Lexicon, Running, Tree, ranges, tree_of
 from asr.decoding.next_word import UNKNOWN_ID, TextScorer
 from asr.errors import ConfigError, ModelError
-from asr.files import kept
 from asr.lexicon import Pronunciations
 
 _SPACE = " "

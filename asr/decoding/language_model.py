@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from asr.cache import kept
 from asr.decoding.hot_words import Phrases
 from asr.decoding.ngram import END, LOG10, START, UNKNOWN, Grams, NgramModel
 from asr.decoding.ngram_files import read_ngrams
-from asr.files import kept
 
 _LOWER = -1  # an arc's target: where the same word leads from the state below
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from asr.cache import kept
 from asr.decoding.lstm import lstm_step
 from asr.errors import ModelError
-from asr.files import kept, write_atomically
+from asr.files import write_atomically
 
 FORMAT_VERSION = 2
 UNKNOWN_ID, END_ID = 0, 1

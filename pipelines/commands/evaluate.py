@@ -130,6 +130,10 @@ def evaluate(
     if against and not latency:
         raise typer.BadParameter("--against: only with --latency")
     search = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score, "hot_words": hot_words}
+    if against and decoding is None:  # one for all of them
+        from asr.runtime.folder import best_decoding
+
+        decoding = "beam" if all(best_decoding(each) == "beam" for each in (model, *against)) else "greedy"
     options = recognizer_options(model, decoding, engine, precision, threads, rule, **search)
     options = replace(options, calibrated=not calibrate)
     network = network_name(model, streaming or two_pass or latency)

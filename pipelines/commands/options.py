@@ -39,7 +39,7 @@ ModelOption = Annotated[
 ]
 StreamingOption = Annotated[
     bool,
-    typer.Option("--streaming", help="Use the streaming network, where a model has both.", rich_help_panel=HOW),
+    typer.Option("--streaming", help="Use the streaming network, and not the offline one.", rich_help_panel=HOW),
 ]
 DecodingOption = Annotated[
     Decoding | None,

@@ -6,13 +6,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from asr.errors import Problem
+from asr.errors import AsrError, Problem
 from pipelines.commands.options import (
     RECOGNIZE,
     AddressOption,
@@ -97,22 +97,27 @@ def transcribe(
 
     if output_dir is None and format not in JOINABLE and (len(audio) > 1 or audio[0].is_dir()):
         raise typer.BadParameter(f"--format {format}: several recordings need --output-dir")
+    piped = Path("-") in audio
+    if piped and (len(audio) > 1 or output_dir is not None or address is not None):
+        raise typer.BadParameter("-: a recording from standard input comes alone; not with --output-dir or --address")
+    network = network_name(model, streaming)
     problems: list[Problem] = []
     done = kept = 0
     with _in_files(audio) as recordings:
         for result in run(
             recordings,
             options,
-            network=network_name(model, streaming),
+            network=network,
             format=format,
             output_dir=output_dir,
             overwrite=overwrite,
             workers=workers,
             address=address,
         ):
-            if result.problem is not None:
-                complain(result.problem)
-                problems.append(result.problem)
+            if (problem := result.problem) is not None:
+                problem = replace(problem, where="standard input") if piped else problem
+                complain(problem)
+                problems.append(problem)
             elif result.kept is not None:
                 kept += 1
             else:
@@ -136,8 +141,8 @@ def _in_files(audio: list[Path]) -> Iterator[list[Path]]:
     if Path("-") not in audio:
         yield audio
         return
-    if len(audio) > 1:
-        raise typer.BadParameter("-: a recording from standard input comes alone")
+    if sys.stdin is None:
+        raise AsrError("-: there is no standard input")
     with tempfile.TemporaryDirectory(prefix="asr-") as folder:
         with open(Path(folder) / "stdin", "wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)

@@ -54,7 +54,12 @@ def serve(
     ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate (PEM), for https.", rich_help_panel=SAFETY)] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its key (PEM).", rich_help_panel=SAFETY)] = None,
-    max_sessions: Annotated[int, typer.Option(min=1, help="Live sessions at a time.", rich_help_panel=BOUNDS)] = 256,
+    max_sessions: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Live sessions at a time. Unless given 256, by beam 8 a core.", rich_help_panel=BOUNDS
+        ),
+    ] = None,
     max_minutes: Annotated[
         float, typer.Option(min=0.01, help="Of audio in one session or recording.", rich_help_panel=BOUNDS)
     ] = 240,
@@ -100,13 +105,14 @@ def serve(
             f"this needs {error.name}, which is not installed: pip install 'streaming-asr[server]'"
         ) from None
 
+    cores = threads or os.cpu_count() or 1
     settings = Settings(
         port=port,
         vosk_port=vosk_port,
         sherpa_port=sherpa_port,
         access=Access(token=token, origins=tuple(allow_origin or ()), host=host),
         limits=Limits(
-            sessions=max_sessions,
+            sessions=max_sessions or (8 * cores if options.decoding == "beam" else Limits.sessions),
             audio_seconds=max_minutes * 60,
             idle_seconds=idle,
             upload_bytes=max_upload << 20,
@@ -114,7 +120,7 @@ def serve(
         tls_cert=tls_cert,
         tls_key=tls_key,
         two_pass=two_pass,
-        threads=threads or os.cpu_count() or 1,
+        threads=cores,
         log_text=log_text,
     )
 

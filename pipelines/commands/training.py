@@ -117,8 +117,7 @@ def train(
     from pipelines.train import train as run
 
     made = run(chosen, folder, workers=workers, min_workers=min_workers, address=address)
-    how = "" if (made / "offline").is_dir() else " --streaming"
-    print(f"{made}: try it with  asr transcribe{how} --model {made} AUDIO")
+    print(f"{made}: try it with  asr transcribe --model {made} AUDIO")
 
 
 _RATE_FURTHER = 1e-3  # of a next-word model that is trained further
