@@ -1,5 +1,6 @@
 """Text as the recognizer writes it: normalisation, and the tokenizer that spells it."""
 
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ _APOSTROPHES = str.maketrans({"’": "'", "ʼ": "'", "‘": "'", "`": "'"})
 _DOTTED_I = "i\u0307"  # what Turkish \u0130 is in lower case
 _ZERO_WIDTH_SPACE = "\u200b"
 _INSIDE_WORDS = "'\u200c\u200d"
+_TAG = re.compile(r"<[^<>]{1,40}>|\[[^\[\]]{1,40}\]")
 
 
 class _Kept(dict[int, str]):
@@ -34,10 +36,10 @@ def normalize(text: str) -> str:
     """Return `text` as it is scored and trained on, in any script: NFKC, lower case, without punctuation.
 
     An apostrophe is kept inside a word ("don't") and dropped at its edges, as are the joiners by which some scripts
-    write; a hyphen or a slash parts words.
+    write; a hyphen or a slash parts words. What stands in <> or [] is no speech: "[laughter]", "<unk>".
     """
     text = unicodedata.normalize("NFKC", text).lower().replace(_DOTTED_I, "i").translate(_APOSTROPHES)
-    text = unicodedata.normalize("NFKC", text)
+    text = _TAG.sub(" ", unicodedata.normalize("NFKC", text))
     words = (word.strip(_INSIDE_WORDS) for word in text.translate(_KEPT).split())
     return " ".join(word for word in words if word)
 

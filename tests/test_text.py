@@ -22,6 +22,9 @@ from asr.text import Tokenizer, normalize
         ("İstanbul", "istanbul"),
         ("こんにちは、世界。", "こんにちは 世界"),
         ("\tline\nbreak ", "line break"),
+        ("so [laughter] <unk> well [background noise]", "so well"),
+        ("［ノイズ］ はい", "はい"),
+        ("a < b and [c", "a b and c"),
         ("inter\u00adview\u200bwith \u200eher", "interview with her"),  # a soft hyphen, a zero-width space, a direction
         ("ශ්\u200dරී \u200d می\u200cروم\u200c", "ශ්\u200dරී می\u200cروم"),
         ("", ""),
