@@ -95,7 +95,7 @@ def share_that_differs(ours: list[str], theirs: list[str]) -> float:
 
 def test_live_text_is_ours(exported: Path) -> None:
     audios = synthetic_speech()
-    recognizer = Recognizer.load(exported / "model", precision="fp32", endpoint=None)
+    recognizer = Recognizer.load(exported / "model", decoding="greedy", precision="fp32", endpoint=None)
     ours = [recognizer.transcribe(samples, network="streaming").text for samples in audios]
     assert sum(len(text.split()) for text in ours) > 30
     assert share_that_differs(ours, live_texts(online(exported), audios)) <= 0.03  # one word of some sixty
@@ -109,7 +109,7 @@ def test_streams_of_different_phases_in_one_step_write_what_each_writes_alone(ex
 
 
 def test_text_of_files_is_ours_however_loud_they_are(exported: Path) -> None:
-    recognizer = Recognizer.load(exported / "model", precision="fp32", endpoint=None)
+    recognizer = Recognizer.load(exported / "model", decoding="greedy", precision="fp32", endpoint=None)
     audios = [np.float32(gain) * (x - x.mean()) for gain in (1, 0.05) for x in synthetic_speech()]
     ours = [t.text for t in recognizer.transcribe_batch(audios)]
     assert share_that_differs(ours, file_texts(offline(exported), audios)) <= 0.02
@@ -127,7 +127,7 @@ def test_on_real_speech_at_most_one_word_in_200_differs(exported: Path, shared_s
     of files, an offset (sherpa-onnx takes it away, so it is away here) and the loudness, which is found to 0.3 %."""
     corpora = {"librispeech_dev_clean_17": 12, "speechocean762": 6, "game_dialogue": 3}
     audios = [x for corpus, every in corpora.items() for x in real_speech(corpus, every * thinned)]
-    recognizer = Recognizer.load(exported / "model", precision="fp32", endpoint=None)
+    recognizer = Recognizer.load(exported / "model", decoding="greedy", precision="fp32", endpoint=None)
     ours = [recognizer.transcribe(as_sherpa_scales(samples), network="streaming").text for samples in audios]
     assert sum(len(text.split()) for text in ours) > 300
     assert share_that_differs(ours, live_texts(online(exported), audios)) <= 0.005
