@@ -325,11 +325,14 @@ def _stop_on_interrupt() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def terminal() -> Iterator[Screen]:
-    """The screen of this terminal: finished text on stdout, the rest on stderr.
+def terminal(*, json_lines: bool = False) -> Iterator[Screen]:
+    """The screen of this terminal: finished text on stdout, the rest on stderr; or both as JSON on stdout.
 
     On a terminal the partial text and the timing are redrawn in place; elsewhere each change is a line.
     """
+    if json_lines:
+        yield _JsonLines()
+        return
     if not sys.stderr.isatty():
         yield _Lines()
         return
@@ -354,8 +357,11 @@ class _Lines:
     def partial(self, text: str, timing: Timing) -> None:
         if text != self._last:
             self._last = text
-            if text:
-                print(f"... {text}", file=sys.stderr, flush=True)
+            self._changed(text, timing)
+
+    def _changed(self, text: str, timing: Timing) -> None:
+        if text:
+            print(f"... {text}", file=sys.stderr, flush=True)
 
     def final(self, segment: "Segment") -> None:
         if segment.text:
@@ -365,22 +371,14 @@ class _Lines:
         print(f"note: {text}", file=sys.stderr, flush=True)
 
 
-class JsonLines:
+class _JsonLines(_Lines):
     """Partials, each once, and finals as JSON objects on stdout, a line each: the messages of `asr serve`."""
 
-    def __init__(self) -> None:
-        self._last = ""
-
-    def partial(self, text: str, timing: Timing) -> None:
-        if text != self._last:
-            self._last = text
-            self._write(partial_message(text, timing.audio_seconds))
+    def _changed(self, text: str, timing: Timing) -> None:
+        self._write(partial_message(text, timing.audio_seconds))
 
     def final(self, segment: "Segment") -> None:
         self._write(final_message(segment))
-
-    def note(self, text: str) -> None:
-        print(f"note: {text}", file=sys.stderr, flush=True)
 
     def _write(self, message: dict[str, Any]) -> None:
         print(json.dumps(message, ensure_ascii=False), flush=True)

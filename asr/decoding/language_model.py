@@ -87,7 +87,7 @@ class Arcs:
 
     @classmethod
     def read(cls, path: Path, words: NgramModel) -> "Arcs":
-        """Those of a file, of which `read_words` gave the words; kept for the next process (see asr.files.kept).
+        """Those of a file, of which `read_words` gave the words; kept for the next process (see asr.cache.kept).
 
         Raises:
             ModelError: it cannot be read.

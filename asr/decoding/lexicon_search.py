@@ -21,8 +21,7 @@ LIKELIEST = 10  # labels that are tried at a frame: a third of the work, and no 
 SURPRISE = 2.0  # base 10: words that would be dropped though a context made them so much likelier are not looked up
 _NONE = -1
 
-
-Tree = Mapping[str, np.ndarray]
+Tree = Mapping[str, np.ndarray]  # see tree_of
 
 
 class Lexicon:

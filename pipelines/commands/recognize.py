@@ -103,7 +103,7 @@ def transcribe(
     network = network_name(model, streaming)
     problems: list[Problem] = []
     done = kept = 0
-    with _in_files(audio) as recordings:
+    with _standard_input() if piped else nullcontext(audio) as recordings:
         for result in run(
             recordings,
             options,
@@ -136,11 +136,8 @@ def transcribe(
 
 
 @contextmanager
-def _in_files(audio: list[Path]) -> Iterator[list[Path]]:
-    """The recordings as they are; for "-" a file that holds what standard input brings, as long as it is needed."""
-    if Path("-") not in audio:
-        yield audio
-        return
+def _standard_input() -> Iterator[list[Path]]:
+    """A file that holds the recording which standard input brings, as long as it is needed."""
     if sys.stdin is None:
         raise AsrError("-: there is no standard input")
     with tempfile.TemporaryDirectory(prefix="asr-") as folder:
@@ -187,7 +184,7 @@ def stream(
     --json: both on stdout, as the messages of the server (docs/server.md).
     Ctrl-C ends with the text so far. The microphone needs the extra \\[mic].
     """
-    from pipelines.stream import FileSource, JsonLines, MicrophoneSource, PipeSource, devices, terminal
+    from pipelines.stream import FileSource, MicrophoneSource, PipeSource, devices, terminal
     from pipelines.stream import stream as run
 
     if list_devices:
@@ -209,7 +206,7 @@ def stream(
     else:
         source = MicrophoneSource(int(device) if device is not None and device.isdecimal() else device)
         tell(f"opening the microphone at {source.sample_rate} Hz; Ctrl-C ends")
-    with nullcontext(JsonLines()) if json_lines else terminal() as screen:
+    with terminal(json_lines=json_lines) as screen:
         _, timing, interrupted = run(source, options, screen, two_pass=two_pass)
     tell(str(timing))
     if interrupted and audio is not None:
