@@ -5,19 +5,17 @@ import json
 import math
 import os
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from asr.files import replacing
+from asr.files import left_behind, replacing
 
 _KEPT = 1  # to be raised where other arrays are made of the same
 _MOST_KEPT = 6  # of each kind there
 _WORTH_KEEPING = 1 << 20  # bytes; less is made in no time
-_WRITING_SECONDS = 3600  # no process writes for so long what is kept
 _ALIGNED = 64  # bytes
 _keeping = threading.Lock()
 
@@ -58,7 +56,7 @@ def kept(
             folder.mkdir(parents=True, exist_ok=True)
             _write_mappable(place, made)
             there = sorted(folder.glob(f"{name}-*"), key=lambda path: path.stat().st_mtime)
-            for old in [*there[:-_MOST_KEPT], *(path for path in folder.glob(".*") if _is_old(path))]:
+            for old in [*there[:-_MOST_KEPT], *filter(left_behind, folder.glob(".*"))]:
                 old.unlink(missing_ok=True)
         return made
 
@@ -69,11 +67,6 @@ def _cache() -> Path | None:
         if os.path.isabs(folder):
             return Path(folder) / "streaming-asr"
     return None
-
-
-def _is_old(path: Path) -> bool:
-    """Left behind by a process that was killed while it wrote."""
-    return time.time() - path.stat().st_mtime > _WRITING_SECONDS
 
 
 def _write_mappable(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

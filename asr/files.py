@@ -1,14 +1,18 @@
 """Files that are whole or not there, also after a power loss: written under a temporary name, synced, then renamed."""
 
+import glob
 import io
 import os
 import shutil
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+
+_WRITING_SECONDS = 3600  # nothing is written under a temporary name for so long
 
 
 @contextmanager
@@ -69,7 +73,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
     if old.exists() and not folder.exists():  # a process of this number was killed between the two renames
         os.replace(old, folder)
-    for left in (temporary, old):
+    others = folder.parent.glob(f".{glob.escape(folder.name)}.tmp-*")
+    for left in (temporary, old, *filter(left_behind, others)):
         shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -85,6 +90,14 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             os.replace(old, folder)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def left_behind(path: Path) -> bool:
+    """Whether a process that wrote this under a temporary name was killed, by all appearances."""
+    try:
+        return time.time() - path.stat().st_mtime > _WRITING_SECONDS
+    except FileNotFoundError:  # it was renamed just now
+        return False
 
 
 def _sync(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Files and folders are whole or not there."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,13 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
     with pytest.raises(KeyError), replacing_folder(folder) as temporary:
         raise KeyError
     assert (folder / "file").read_text() == "two"
+
+
+def test_what_a_killed_process_left_goes_with_the_next_folder(tmp_path: Path) -> None:
+    for number, hours in ((1, 2), (2, 0)):
+        left = tmp_path / f".model.tmp-{number}"
+        left.mkdir()
+        os.utime(left, (time.time() - 3600 * hours, time.time() - 3600 * hours))
+    with replacing_folder(tmp_path / "model") as temporary:
+        (temporary / "file").write_text("one")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".model.tmp-2", "model"]
