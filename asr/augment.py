@@ -10,7 +10,7 @@ import torchaudio
 from asr.config import AugmentConfig
 
 SAMPLE_RATE = 16_000
-_SPEED_STEPS = 160  # to a speed of 1: with finer ones the resampler's filter gets long
+SPEED_STEPS = 160  # to a speed of 1: with finer ones the resampler's filter gets long
 
 
 def changes_waveform(config: AugmentConfig) -> bool:
@@ -25,27 +25,27 @@ def changes_waveform(config: AugmentConfig) -> bool:
     return config.speeds != (1.0,) or config.gain_db != 0 or config.quiet_db != 0 or any(chances)
 
 
-def draw_speed(config: AugmentConfig, rng: np.random.Generator) -> float:
-    """The speed at which an utterance will be played."""
-    return playable(float(rng.choice(config.speeds)))
+def draw_speeds(count: int, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
+    """The speed at which each of so many utterances will be played: (count,) float64."""
+    return rng.choice([playable(speed) for speed in config.speeds], count)
 
 
 def playable(speed: float) -> float:
     """The speed at which `change_speed` plays where it is asked for `speed`."""
-    return round(speed * _SPEED_STEPS) / _SPEED_STEPS
+    return round(speed * SPEED_STEPS) / SPEED_STEPS
 
 
 def change_speed(audio: torch.Tensor, speed: float) -> torch.Tensor:
     """Play (samples,) faster or slower; pitch changes with it (Ko et al. 2015)."""
     if speed == 1.0:
         return audio
-    return torchaudio.functional.resample(audio, round(speed * _SPEED_STEPS), _SPEED_STEPS)
+    return torchaudio.functional.resample(audio, round(speed * SPEED_STEPS), SPEED_STEPS)
 
 
-def draw_lead(config: AugmentConfig, rng: np.random.Generator) -> int:
-    """How many samples of silence an utterance begins with."""
+def draw_leads(count: int, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
+    """How many samples of silence each of so many utterances begins with, every other one with some: (count,) int64."""
     longest = round(config.lead_seconds * SAMPLE_RATE)
-    return int(rng.integers(longest + 1)) if longest and rng.random() < 0.5 else 0
+    return rng.integers(longest + 1, size=count) * (rng.random(count) < 0.5)
 
 
 def add_noise(audio: torch.Tensor, noise: torch.Tensor, snr_db: float) -> torch.Tensor:

@@ -193,6 +193,7 @@ class TrainingConfig:
     phone_weight: float = 0.5  # of the loss of the phones beside that of the tokens
     alignment_weight: float = 0.0  # of phone states frame by frame, on the phone layer, where `asr align` was run
     crf_weight: float = 0.0  # of the denominator of the phones' CTC at the output (model.phone_output): 1 is a CTC-CRF
+    crf_start: float = 0.0  # share of the updates after which it counts: a new network is better taught by CTC first
     consistency_weight: float = 0.0  # between two views of each utterance, masked apart (CR-CTC); a batch holds both
     transducer_weight: float = 1.0  # of the transducer's loss beside CTC's, where model.prediction is above 0
     freeze_encoder: bool = False  # train the transducer alone, on the network that init_from names
@@ -202,8 +203,9 @@ class TrainingConfig:
     precision: str = "auto"  # "fp32", "bf16", or bf16 where the machine has instructions for it
     threads: int = 1  # of a worker
     checkpoint_steps: int = 250  # updates from one checkpoint to the next
+    score_epochs: int = 1  # from one scoring of data.dev, with a checkpoint, to the next
     average: int = 5  # of the last epochs, whose mean is tried at the end
-    patience: int = 0  # epochs without a better CER on data.dev after which training stops; 0: all epochs
+    patience: int = 0  # scorings without a better CER on data.dev after which training stops; 0: all epochs
     hang_seconds: float = 600.0  # a worker for which the others wait so long is named, and the run stops
 
     @property
@@ -230,6 +232,8 @@ class TrainingConfig:
         )
         _check(self.threads >= 1, "training.threads", self.threads, "at least 1")
         _check(self.checkpoint_steps >= 1, "training.checkpoint_steps", self.checkpoint_steps, "at least 1")
+        _check(0 <= self.crf_start < 1, "training.crf_start", self.crf_start, "0 up to 1")
+        _check(self.score_epochs >= 1, "training.score_epochs", self.score_epochs, "at least 1")
         _check(self.average >= 1, "training.average", self.average, "at least 1")
         _check(self.patience >= 0, "training.patience", self.patience, "0 (never stop early) or more epochs")
         _check(1 <= self.hang_seconds <= 1e6, "training.hang_seconds", self.hang_seconds, "1 to 1000000")

@@ -32,6 +32,8 @@ from asr.nn.transducer import Transducer
 from asr.runtime.folder import FORMAT_VERSION, PREDICTION_FILE, read_phones, read_priors, write_priors
 from asr.text import Tokenizer
 
+_STEP = ".step"  # behind the name of a matrix in 8 bits: what 1 in each of its rows is
+
 
 class Output(StreamingLayer):
     """A linear layer and log-softmax: (batch, time, size) -> log-probabilities (batch, time, tokens + phones + joint).
@@ -170,18 +172,17 @@ class Network(Chain):
         return x[..., :tokens], lengths, auxiliary
 
 
-def save_network(network: Network, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
+def save_network(network: Network, folder: str | Path, *, small: bool = False) -> None:
     """Write config.toml, tokens.txt, weights.safetensors and what else it has into `folder`, replacing it whole.
 
     Of a transducer, the prediction network is also written by itself, for those who recognize without torch.
 
     Args:
-        dtype: what floating-point weights are stored in (float16 halves the file).
+        small: a quarter of the size: matrices in 8 bits, a step for each row (`read_weights`), a transducer in float16.
     """
-    weights = {
-        name: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
-        for name, value in network.state_dict().items()
-    }
+    weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    if small:
+        weights = _small(weights)
     with replacing_folder(Path(folder)) as temporary:
         (temporary / "config.toml").write_text(to_toml(network.config), encoding="utf-8")
         network.tokenizer.save(temporary / "tokens.txt")
@@ -192,9 +193,35 @@ def save_network(network: Network, folder: str | Path, *, dtype: torch.dtype = t
         save_file(weights, temporary / "weights.safetensors")
         (temporary / "weights.safetensors").chmod(0o644)  # safetensors makes it private
         if network.transducer is not None:
-            kind = np.float16 if dtype == torch.float16 else np.float32
+            kind = np.float16 if small else np.float32
             arrays = {name: value.astype(kind) for name, value in network.transducer.arrays().items()}
             np.savez(temporary / PREDICTION_FILE, allow_pickle=False, **arrays)
+
+
+def _small(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    kept: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if name.startswith("transducer."):
+            kept[name] = value.half()
+        elif value.is_floating_point() and value.ndim > 1:
+            step = value.flatten(1).abs().amax(1).clamp(min=1e-12) / 127
+            rows = step.reshape(-1, *[1] * (value.ndim - 1))
+            kept[name], kept[name + _STEP] = (value / rows).round().to(torch.int8), step
+        else:
+            kept[name] = value
+    return kept
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """What a weights.safetensors holds, in float32, also where it was saved small."""
+    kept = load_file(path)
+    weights = {}
+    for name, value in kept.items():
+        if value.dtype == torch.int8:
+            value = value.float() * kept[name + _STEP].reshape(-1, *[1] * (value.ndim - 1))
+        if not name.endswith(_STEP):
+            weights[name] = value.float() if value.is_floating_point() else value
+    return weights
 
 
 def load_network(folder: str | Path) -> Network:
@@ -217,10 +244,10 @@ def load_network(folder: str | Path) -> Network:
     names = tuple(read_phones(folder))
     bands = torch.zeros(config.features.bands)
     try:
-        weights = load_file(folder / "weights.safetensors")
+        weights = read_weights(folder / "weights.safetensors")
         states = len(weights.get("state_output.linear.bias", ()))
         network = Network(config, tokenizer, bands, bands, names, states)
-        network.load_state_dict({name: v.float() if v.is_floating_point() else v for name, v in weights.items()})
+        network.load_state_dict(weights)
     except Exception as error:  # safetensors raises its own kinds, torch RuntimeError
         raise ModelError(f"{folder}/weights.safetensors: {str(error).splitlines()[0]}") from error
     network.log_priors = read_priors(folder)

@@ -15,6 +15,7 @@ from asr.lexicon import phones_of
 from asr.models import load_network
 from asr.training.align import SILENCE, align
 from asr.training.data import EDGE_SAMPLES, UNKNOWN, Corpus, Loader, Plan
+from asr.training.device import DeviceLoader
 from asr.training.loop import run_training
 from asr.training.shards import STATES, ShardDataset, write_alignment, write_shard
 
@@ -114,6 +115,8 @@ def test_targets_follow_the_changed_audio(
         want = truth[0][int(time * 100)] if 0 <= time * 100 < len(truth[0]) else SILENCE
         agree.append(names[state // STATES] == want)
     assert np.mean(agree) > 0.75
+    on_device = DeviceLoader(corpus, config, config.features.hop, torch.device("cpu"))
+    assert torch.equal(on_device.batch(plan, 0).states, loader.batch(plan, 0).states)
 
 
 def test_rows_without_alignment_are_not_taught(aligned: tuple[Path, list[list[str]]]) -> None:

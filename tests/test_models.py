@@ -204,18 +204,18 @@ def test_export_replaces_a_model_but_nothing_else(tmp_path: Path) -> None:
         export_model([tmp_path / "run"], tmp_path / "file")
 
 
-def test_a_small_model_has_half_the_weights_and_no_fp32_graph(tmp_path: Path) -> None:
+def test_a_small_model_has_weights_of_8_bits_and_no_fp32_graph(tmp_path: Path) -> None:
     save_network(tiny_network(bidirectional=True), tmp_path / "a" / "offline")
     export_model([tmp_path / "a"], tmp_path / "small", small=True)
     folder = tmp_path / "small" / "offline"
     assert (folder / "model.int8.onnx").is_file()
     assert not (folder / "model.onnx").exists()
     whole = (tmp_path / "a" / "offline" / "weights.safetensors").stat().st_size
-    assert (folder / "weights.safetensors").stat().st_size < 0.8 * whole
+    assert (folder / "weights.safetensors").stat().st_size < 0.6 * whole
     x, lengths = audio(8_000), torch.full((3,), 8_000)
     exact, rounded = load_network(tmp_path / "a" / "offline"), load_network(folder)
     with torch.no_grad():
-        assert float((exact(x, lengths)[0] - rounded(x, lengths)[0]).abs().max()) < 0.05
+        assert float((exact(x, lengths)[0] - rounded(x, lengths)[0]).abs().max()) < 0.2
 
 
 def test_exporting_what_is_no_model_says_so(tmp_path: Path) -> None:

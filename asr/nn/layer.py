@@ -77,10 +77,8 @@ def windows(x: Tensor, state: State | None, kernel: int, stride: int) -> tuple[T
     Returns:
         Frames (batch, kernel - stride + m * stride, ...) for m windows, and the new state.
     """
-    if state is None:
-        state = window_state(x[:, :0], kernel)
-    history, pending = state
-    waiting = int(pending[0]) if len(pending) else 0
+    history, pending = state or window_state(x[:, :0], kernel)
+    waiting = int(pending[0]) if state and len(pending) else 0  # at the start none, and a GPU need not be asked
     joined = torch.cat([history, x], dim=1)
     count = (waiting + x.shape[1]) // stride
     start = history.shape[1] - (kernel - stride) - waiting

@@ -146,7 +146,7 @@ def export_model(
 
     Args:
         sources: run folders (with model/ inside) or model folders; a later one's network replaces an earlier one's.
-        small: a whole model in a quarter of the size: weights in float16, int8 graphs alone.
+        small: a whole model in a fifth of the size: weights in 8 bits, int8 graphs alone.
         to: "model" for a whole model folder, "onnx" or "onnx-int8" for OUT/(offline|streaming).onnx, "sherpa" for
             OUT/(offline|streaming)/ as the package sherpa-onnx reads them.
         speech: what the graphs are checked on, float32 (n,) at 16 kHz each; None: a sentence that comes along.
@@ -222,7 +222,7 @@ def _write_model(
 ) -> Path:
     with replacing_folder(out) as temporary:
         for kind, folder in networks.items():
-            save_network(load_network(folder), temporary / kind, dtype=torch.float16 if small else torch.float32)
+            save_network(load_network(folder), temporary / kind, small=small)
             write_graphs(temporary / kind, precisions=("int8",) if small else ("fp32", "int8"), speech=speech)
             if (folder / CALIBRATION_FILE).is_file():
                 shutil.copy(folder / CALIBRATION_FILE, temporary / kind)

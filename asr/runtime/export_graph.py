@@ -37,6 +37,7 @@ from asr.nn.stack import Bidirectional, Recurrent, Stacked
 from asr.runtime.export_cells import run_cell
 
 _OPSET = 20
+CONVOLUTION = "convolution"  # how the names of convolutions' weights begin
 _INT_MAX = np.iinfo(np.int64).max
 # Standard deviations to which normalised values reach, but for one in some ten thousand: after a convolution and ReLU,
 # and after layer normalisation, each counted for the channel with the largest weight.
@@ -147,10 +148,10 @@ class GraphBuilder:
             self.ranges[first] = self.ranges[inputs[0]]
         return first
 
-    def constant(self, value: np.ndarray | Tensor) -> str:
-        """Add a constant; gives its name."""
+    def constant(self, value: np.ndarray | Tensor, kind: str = "constant") -> str:
+        """Add a constant; gives its name, which begins with its kind."""
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
-        name = f"constant_{len(self.constants)}"
+        name = f"{kind}_{len(self.constants)}"
         self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
         return name
 
@@ -308,7 +309,9 @@ class GraphBuilder:
         # a matrix product: on the few frames of a live block it is twice as fast as ONNX Runtime's Conv
         matrix = (weight * scale[:, None, None]).permute(2, 1, 0).flatten(0, 1)
         x = self.windows(x, layer.kernel, layer.stride, [weight.shape[1]])
-        y = self.op("Relu", self.op("Add", self.op("MatMul", x, self.constant(matrix)), self.constant(bias)))
+        y = self.op(
+            "Relu", self.op("Add", self.op("MatMul", x, self.constant(matrix, CONVOLUTION)), self.constant(bias))
+        )
         expected = float((norm.bias + _RELU_DEVIATIONS * norm.weight.abs()).max().detach())
         self.ranges[y] = (0.0, max(expected, self.largest(layer)))
         return y

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from asr.errors import ModelError
 from asr.files import replacing_folder
-from asr.models import Network
+from asr.models import Network, read_weights
 from asr.training.optimizer import Optimizer
 
 _KEPT = 2
@@ -85,7 +85,7 @@ def average_weights(paths: list[Path]) -> dict[str, Tensor]:
 
     What one of them lacks, or has in another shape, is as in the first.
     """
-    first, *others = map(load_file, paths)
+    first, *others = map(read_weights, paths)
     mean = {}
     for name, value in first.items():
         if value.is_floating_point():

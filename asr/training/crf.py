@@ -66,28 +66,33 @@ class _LogPartition(torch.autograd.Function):
         itself[BORDER] = 0.0
         ends = likely[:, :, BORDER].T[:, None]  # (last, 1, before)
         probs = log_probs.exp()
-        said = log_probs.new_zeros(time, size, batch, size)
-        silent = torch.zeros_like(said)
-        now_said, now_silent = said.new_zeros(size, batch, size), said.new_zeros(size, batch, size)
-        now_silent[BORDER, :, BORDER] = 1.0
-        total = log_probs.new_zeros(batch)
-        scales = log_probs.new_ones(time, batch)
-        for t in range(time):
-            both = now_said + now_silent
+        said = log_probs.new_empty(time, size, batch, size)
+        silent = torch.empty_like(said)
+        scales = log_probs.new_empty(time, batch)
+        before_said = said.new_zeros(size, batch, size)
+        before_silent = torch.zeros_like(before_said)
+        before_silent[BORDER, :, BORDER] = 1.0
+        both = before_silent.clone()
+        of_itself = itself[:, None]
+        for t, (now_said, now_silent, heard) in enumerate(zip(said, silent, probs.unbind(1), strict=True)):
             new = torch.bmm(both, follows)  # (before, batch, last)
-            torch.diagonal(new, dim1=0, dim2=2).add_((now_silent * itself[:, None]).sum(-1).T)
-            heard = probs[:, t]
-            next_said = (new.permute(2, 1, 0) + now_said) * heard.T[:, :, None]
-            next_silent = both * heard[:, BORDER, None]
-            scale = (next_said + next_silent).sum((0, 2)).clamp_min(1e-30)
-            on = t < frames
-            scales[t] = torch.where(on, scale, 1.0)
-            total += torch.where(on, scale.log(), 0.0)
-            by = (1 / scale)[:, None]
-            now_said = torch.where(on[:, None], next_said * by, now_said)
-            now_silent = torch.where(on[:, None], next_silent * by, now_silent)
-            said[t], silent[t] = now_said, now_silent
-        end = ((now_said + now_silent) * ends).sum((0, 2)).clamp_min(1e-30)
+            torch.diagonal(new, dim1=0, dim2=2).add_((before_silent * of_itself).sum(-1).T)
+            torch.add(before_said, new.permute(2, 1, 0), out=now_said)
+            now_said *= heard.T[:, :, None]
+            torch.mul(both, heard[:, BORDER, None], out=now_silent)
+            torch.add(now_said, now_silent, out=both)
+            scale = both.sum((0, 2)).clamp_min_(1e-30)
+            scales[t] = scale
+            by = scale.reciprocal_()[:, None]
+            now_said *= by
+            now_silent *= by
+            both *= by
+            before_said, before_silent = now_said, now_silent
+        # A row's later frames, which are no speech, are gone through as well: what it has come to at its end counts.
+        last, rows = frames - 1, torch.arange(batch, device=frames.device)
+        end = ((said[last, :, rows] + silent[last, :, rows]).transpose(0, 1) * ends).sum((0, 2)).clamp_min(1e-30)
+        inside = torch.arange(time, device=frames.device)[:, None] < frames
+        total = torch.where(inside, scales.log(), 0.0).sum(0)
         ctx.save_for_backward(probs, frames, follows, itself, ends, said, silent, scales, end)
         return total + end.log()
 
@@ -96,20 +101,20 @@ class _LogPartition(torch.autograd.Function):
         probs, frames, follows, itself, ends, said, silent, scales, end = ctx.saved_tensors
         time, size, batch, _ = said.shape
         followed = follows.transpose(1, 2).contiguous()  # (last, next, before)
-        grad = torch.zeros_like(probs)
-        last = (ends / end[:, None]).expand(size, batch, size)
-        after_said, after_silent = last, last
+        inside = torch.arange(time, device=frames.device)[:, None] < frames
+        of_labels, of_blank = probs.new_empty(time, size, batch), probs.new_empty(time, batch)
+        scaled = probs / scales.T[..., None]
+        of_itself = itself[:, None]
+        after_said = after_silent = (ends / end[:, None]).expand(size, batch, size)  # at the end, and behind it
         for t in range(time - 1, -1, -1):
-            on = t < frames
-            of_said, of_silent = said[t] * after_said, silent[t] * after_silent
-            grad[:, t] = torch.where(on[:, None], of_said.sum(2).T, 0.0)
-            grad[:, t, BORDER] = torch.where(on, of_silent.sum((0, 2)), 0.0)
-            heard = probs[:, t] / scales[t][:, None]
+            torch.sum(said[t] * after_said, 2, out=of_labels[t])
+            torch.sum(silent[t] * after_silent, (0, 2), out=of_blank[t])
+            heard, on = scaled[:, t], inside[t][:, None]
             arrived = after_said * heard.T[:, :, None]
             both = torch.baddbmm(after_silent * heard[:, BORDER, None], arrived.permute(2, 1, 0), followed)
             own = torch.diagonal(arrived, dim1=0, dim2=2).T  # (last, batch): of before = last
-            before_said = both + arrived
-            before_silent = both + own[:, :, None] * itself[:, None]
-            after_said = torch.where(on[:, None], before_said, after_said)
-            after_silent = torch.where(on[:, None], before_silent, after_silent)
+            after_said = torch.where(on, both + arrived, after_said)
+            after_silent = torch.where(on, torch.addcmul(both, own[:, :, None], of_itself), after_silent)
+        of_labels[:, BORDER] = of_blank
+        grad = torch.where(inside[:, None], of_labels, 0.0).permute(2, 0, 1)
         return grad * grads[0][:, None, None], None, None

@@ -18,9 +18,9 @@ from asr.augment import (
     augment_audio,
     background,
     change_speed,
-    draw_lead,
+    draw_leads,
     draw_masks,
-    draw_speed,
+    draw_speeds,
     playable,
 )
 from asr.config import TrainConfig
@@ -35,7 +35,8 @@ EDGE_SAMPLES = SAMPLE_RATE // 4  # 250 ms of silence before and after: short wor
 _GRID = SAMPLE_RATE * 32 // 100  # batch lengths are rounded up to this: each new shape costs oneDNN a set-up
 UNKNOWN = -1  # the phone state of a frame that was not aligned
 _DELAY = 2  # frames: a network without a future names a phone's states so late, when it has heard them
-_ORDER, _ROW, _SILENCE, _LEAD = 0, 1, 2, 3  # streams of random numbers
+_ORDER, ROW_STREAM = 0, 1  # streams of random numbers
+_COUNTED_WITH = ("cpu_lengths", "token_lengths", "phone_lengths")  # of a batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +44,10 @@ class Batch:
     """A padded batch.
 
     Attributes:
-        audio: (batch, samples) float32, edge silence included; lengths: (batch,) samples.
+        audio: (batch, samples) float32, edge silence included; lengths: (batch,) samples, and once more on the CPU.
         features: (batch, feature frames, bands) float32 log-mel in place of audio, where the data holds those; or None.
-        tokens: (batch, longest) int64, token_lengths: (batch,): 0 means that nothing is said; likewise phones,
-            of length 0 where unknown.
+        tokens: (batch, longest) int64, token_lengths: (batch,) on the CPU: 0 means that nothing is said; likewise
+            phones, of length 0 where unknown.
         counts: (batch,) bool: False for a row that only keeps a rank without work in step.
         hidden_frames: (batch, feature frames) bool; hidden_bands: (batch, bands) bool: SpecAugment's masks; of
             twice as many rows where each utterance is read under two of them.
@@ -57,6 +58,7 @@ class Batch:
     audio: torch.Tensor
     features: torch.Tensor | None
     lengths: torch.Tensor
+    cpu_lengths: torch.Tensor
     tokens: torch.Tensor
     token_lengths: torch.Tensor
     counts: torch.Tensor
@@ -70,25 +72,41 @@ class Batch:
     state_count: int
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device."""
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        """The same batch on a device, but for what a loss counts with: on a GPU it would have to wait for that."""
+        tensors = {
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor) and name not in _COUNTED_WITH
+        }
         return dataclasses.replace(self, **tensors)
 
     def repeated(self, views: int) -> "Batch":
         """The same batch with the targets of each row once for each view, and counted as often."""
         rows = {name: getattr(self, name).repeat(views, 1) for name in ("tokens", "phones", "states")}
-        ones = {name: getattr(self, name).repeat(views) for name in ("token_lengths", "phone_lengths", "counts")}
+        ones = {name: getattr(self, name).repeat(views) for name in ("counts", *_COUNTED_WITH)}
         counts = {name: views * getattr(self, name) for name in ("token_count", "phone_count", "state_count")}
         return dataclasses.replace(self, **rows, **ones, **counts)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One global batch: which rows, at what speeds, padded to how many samples."""
+    """One global batch: which rows, at what speeds, padded to how many samples.
+
+    Attributes:
+        leads: samples of silence before each row; empty: none.
+        silent: whether a row gives way to silence, with an empty text; empty: none does.
+    """
 
     rows: tuple[int, ...]
     speeds: tuple[float, ...]
     samples: int
+    leads: tuple[int, ...] = ()
+    silent: tuple[bool, ...] = ()
+
+    def share(self, rank: int, world: int) -> list[tuple[int, float, int, bool]]:
+        """Row, speed, lead and silence of a rank's part."""
+        leads, silent = self.leads or (0,) * len(self.rows), self.silent or (False,) * len(self.rows)
+        return list(zip(self.rows, self.speeds, leads, silent, strict=True))[rank::world]
 
 
 class Corpus:
@@ -173,12 +191,15 @@ class Corpus:
         assert stored is not None
         return torch.from_numpy(stored.astype(np.float32))
 
-    def audio(self, index: int) -> torch.Tensor:
-        """Samples of an utterance: (samples,) float32 in [-1, 1)."""
+    def samples(self, index: int) -> np.ndarray:
+        """Samples of an utterance: (samples,) int16."""
         d, row, span = self.where[index]
         first = (span.start or 0) * LABEL_SAMPLES
-        samples = self.datasets[d].audio(row)[first : first + self.n_samples[index]]
-        return torch.from_numpy(samples.astype(np.float32) / 32768)
+        return self.datasets[d].audio(row)[first : first + self.n_samples[index]]
+
+    def audio(self, index: int) -> torch.Tensor:
+        """Samples of an utterance: (samples,) float32 in [-1, 1)."""
+        return torch.from_numpy(self.samples(index).astype(np.float32) / 32768)
 
 
 def _parts(dataset: ShardDataset, row: int, text: str, phones: str, cut_seconds: float) -> list[tuple[slice, str, str]]:
@@ -256,30 +277,27 @@ class Sampler:
             longest = training.curriculum_seconds + epoch * training.curriculum_step_seconds
             short = rows[self.corpus.n_samples[rows] <= longest * SAMPLE_RATE]
             rows = short if len(short) else rows
-        speeds = np.array([draw_speed(config.augment, rng) for _ in rows])
-        lengths = np.ceil(self.corpus.n_samples[rows] / speeds).astype(np.int64) + 2 * EDGE_SAMPLES
-        lengths += np.array([lead_of(config, epoch, row) for row in rows.tolist()])
+        speeds = draw_speeds(len(rows), config.augment, rng)
+        leads = draw_leads(len(rows), config.augment, rng)
+        silent = rng.random(len(rows)) < config.augment.silence_probability
+        lengths = np.ceil(self.corpus.n_samples[rows] / speeds).astype(np.int64) + 2 * EDGE_SAMPLES + leads
         order = np.argsort(lengths * rng.uniform(0.97, 1.03, len(rows)), kind="stable")
-        most_rows, most_seconds = training.batch_utterances // training.views, training.batch_seconds / training.views
+        most_rows = training.batch_utterances // training.views
+        most_samples = training.batch_seconds / training.views * SAMPLE_RATE
         batches: list[Plan] = []
-        start = 0
-        for end in range(1, len(order) + 1):
-            group = order[start:end]
-            after = order[start : end + 1]
-            widest = int(lengths[after].max())
-            full = len(after) > most_rows or widest * len(after) > most_seconds * SAMPLE_RATE
-            if end == len(order) or full:
-                samples = -(-int(lengths[group].max()) // _GRID) * _GRID
-                batches.append(Plan(tuple(rows[group]), tuple(speeds[group]), samples))
-                start = end
+        start = widest = 0
+        for end, length in enumerate([*lengths[order].tolist(), 0]):
+            full = end - start >= most_rows or max(widest, length) * (end - start + 1) > most_samples
+            if end > start and (full or end == len(order)):
+                group = order[start:end]
+                samples = -(-widest // _GRID) * _GRID
+                of_rows, of_speeds, of_leads, of_silent = (
+                    tuple(values[group].tolist()) for values in (rows, speeds, leads, silent)
+                )
+                batches.append(Plan(of_rows, of_speeds, samples, of_leads, of_silent))
+                start, widest = end, 0
+            widest = max(widest, length)
         return [batches[i] for i in rng.permutation(len(batches))]
-
-
-def lead_of(config: TrainConfig, epoch: int, row: int) -> int:
-    """How many samples of silence an utterance begins with in an epoch."""
-    if not config.augment.lead_seconds:
-        return 0
-    return draw_lead(config.augment, np.random.default_rng([config.training.seed, _LEAD, epoch, int(row)]))
 
 
 class Loader:
@@ -294,6 +312,7 @@ class Loader:
     ) -> None:
         self.corpus, self.config, self.hop = corpus, config, hop
         self.rank, self.world, self.augment = rank, world, augment
+        self.delay = 0 if config.model.bidirectional else _DELAY
         self.noise = ShardDataset(config.augment.noise) if augment and config.augment.noise else None
 
     def batches(self, planned: Sequence[Plan], epoch: int) -> Iterator[Batch]:
@@ -304,11 +323,10 @@ class Loader:
     def batch(self, plan: Plan, epoch: int) -> Batch:
         """The tensors of one planned batch; a rank without a row of its own gets one that does not count."""
         corpus, bands = self.corpus, self.config.features.bands
-        pairs = list(zip(plan.rows, plan.speeds, strict=True))
-        mine = pairs[self.rank :: self.world]
+        mine = plan.share(self.rank, self.world)
         idle = not mine
         if idle:
-            mine = pairs[:1]
+            mine = plan.share(0, len(plan.rows))
         stored = corpus.holds_features
         audio = torch.zeros(len(mine), 0 if stored else plan.samples)
         lengths = torch.zeros(len(mine), dtype=torch.long)
@@ -319,10 +337,8 @@ class Loader:
         hidden_bands = np.zeros((views, len(mine), bands), bool)
         stride = self.hop * math.prod(self.config.model.strides)
         states = np.full((len(mine), plan.samples // stride), UNKNOWN)
-        silent = {row for row in plan.rows if self._is_silent(row, epoch)}
-        leads = [0] * len(mine)
-        for i, (row, speed) in enumerate(mine):
-            rng = np.random.default_rng([self.config.training.seed, _ROW, epoch, int(row)])
+        for i, (row, speed, lead, silent) in enumerate(mine):
+            rng = np.random.default_rng([self.config.training.seed, ROW_STREAM, epoch, int(row)])
             if features is not None:
                 edge, kept = EDGE_SAMPLES // self.hop, corpus.features(row)
                 features[i, edge : edge + len(kept)] = kept
@@ -330,30 +346,30 @@ class Loader:
             else:
                 samples = corpus.audio(row)
                 if self.augment:
-                    leads[i] = lead_of(self.config, epoch, row)
-                    samples = torch.cat([torch.zeros(leads[i]), change_speed(samples, speed)])
+                    samples = torch.cat([torch.zeros(lead), change_speed(samples, speed)])
                     noise = self._noise(rng)
-                    if row in silent:
+                    if silent:
                         samples = background(len(samples), noise, rng)
                     else:
                         samples = augment_audio(samples, self.config.augment, rng, noise)
                 samples = samples[: plan.samples - 2 * EDGE_SAMPLES]
                 audio[i, EDGE_SAMPLES : EDGE_SAMPLES + len(samples)] = samples
                 lengths[i] = len(samples) + 2 * EDGE_SAMPLES
-            if not idle and row not in silent:
-                states[i] = self._states_at(row, speed, states.shape[1], stride, leads[i])
+            if not idle and not silent:
+                states[i] = self._states_at(row, speed, states.shape[1], stride, lead)
             if self.augment:
                 n = int(lengths[i]) // self.hop
                 for view in range(views):
                     hidden_frames[view, i, :n], hidden_bands[view, i] = draw_masks(n, bands, self.config.augment, rng)
         if idle:
             lengths.zero_()  # no frame of it enters batch normalisation
-        tokens, token_lengths = _pad([[] if idle or row in silent else corpus.tokens[row] for row, _ in mine])
-        phones, phone_lengths = _pad([[] if idle or row in silent else corpus.phone_ids[row] for row, _ in mine])
+        tokens, token_lengths = _pad([[] if idle or silent else corpus.tokens[row] for row, _, _, silent in mine])
+        phones, phone_lengths = _pad([[] if idle or silent else corpus.phone_ids[row] for row, _, _, silent in mine])
         return Batch(
             audio=audio,
             features=features,
             lengths=lengths,
+            cpu_lengths=lengths,
             tokens=tokens,
             token_lengths=token_lengths,
             counts=torch.full((len(mine),), not idle),
@@ -372,17 +388,10 @@ class Loader:
         known = self.corpus.states(row)
         if not len(known):
             return np.full(frames, UNKNOWN)
-        delay = 0 if self.config.model.bidirectional else _DELAY
-        position = (np.arange(frames) - delay) * stride - EDGE_SAMPLES - lead  # of the frame's middle, in changed audio
+        position = (np.arange(frames) - self.delay) * stride - EDGE_SAMPLES - lead  # of its middle, in changed audio
         labels = np.floor(position * speed / self.hop).astype(np.int64)
         inside = (labels >= 0) & (labels < len(known))
         return np.where(inside, known[labels.clip(0, len(known) - 1)], known[0])  # known[0] is silence
-
-    def _is_silent(self, row: int, epoch: int) -> bool:
-        chance = self.config.augment.silence_probability if self.augment else 0.0
-        return (
-            bool(chance) and np.random.default_rng([self.config.training.seed, _SILENCE, epoch, row]).random() < chance
-        )
 
     def _noise(self, rng: np.random.Generator) -> torch.Tensor | None:
         if self.noise is None or rng.random() >= self.config.augment.noise_probability:

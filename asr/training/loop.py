@@ -21,6 +21,7 @@ from asr.text import Tokenizer
 from asr.training.checkpoint import average_weights, checkpoints, load_checkpoint, random_state
 from asr.training.crf import trigrams
 from asr.training.data import Corpus, Loader, Plan, Sampler, tuning_plan
+from asr.training.device import DeviceLoader, fits
 from asr.training.optimizer import Optimizer
 from asr.training.ranks import Ranks, Stragglers
 from asr.training.record import Record
@@ -93,7 +94,11 @@ class Trainer:
                 f"data.dev: none of its {len(self.dev.unspelled)} texts can be spelled in the letters of {whose}"
             )
         hop = config.features.hop
-        self.loader = Loader(self.corpus, config, hop, rank=rank, world=world)
+        on_gpu = self.device.type == "cuda" and fits(self.corpus, self.device)
+        if on_gpu:
+            self.loader = DeviceLoader(self.corpus, config, hop, self.device, rank=rank, world=world)
+        else:
+            self.loader = Loader(self.corpus, config, hop, rank=rank, world=world)
         self.dev_loader = Loader(self.dev, config, hop, augment=False) if self.dev else None
         precision = choose_precision(config.training.precision, self.device)
         training = config.training
@@ -101,12 +106,14 @@ class Trainer:
             self.network, training.phone_weight, training.alignment_weight, precision, training.transducer_weight,
             training.freeze_encoder, training.consistency_weight, training.crf_weight, self._phone_trigrams(),
         )  # fmt: skip
+        self.own_losses = losses
         self.losses = DistributedDataParallel(losses) if world > 1 else losses
         self.optimizer = Optimizer(
             self.network, training.learning_rate, training.weight_decay, muon=training.optimizer == "muon"
         )
         accumulate = config.training.accumulate
         self.steps_in = [-(-len(self.sampler.epoch(e)) // accumulate) for e in range(config.training.epochs)]
+        self.steps = sum(self.steps_in)
         self.progress = {
             "epoch": 0, "batch": 0, "best": math.inf, "since_best": 0, "skipped": 0, "clipped": 0, "audio_seconds": 0.0
         }  # fmt: skip
@@ -127,7 +134,7 @@ class Trainer:
                 f"training.crf_weight = {weight}: the network writes no phones; prepare data.train with --lexicon "
                 "cmudict (English), or set it to 0"
             )
-        return trigrams(self.corpus.phone_ids, phones)
+        return trigrams(self.corpus.phone_ids, phones).to(self.device)
 
     def _newest_checkpoint(self, before: Path | None = None) -> Path | None:
         """What rank 0 sees: another rank may see a shared folder as it was a moment ago."""
@@ -168,7 +175,7 @@ class Trainer:
         return (
             f"{self.config.model.kind} network, {weights / 1e6:.2f} M weights, {len(corpus.tokenizer)} tokens, "
             f"{len(corpus.phones)} phones; {len(sampler.usable)} utterances, {hours:.2f} h; left out: {left_out}; "
-            f"{sum(self.steps_in)} steps in {self.config.training.epochs} epochs; {precision}, "
+            f"{self.steps} steps in {self.config.training.epochs} epochs; {precision}, "
             f"{self.ranks.world} worker(s)"
         )
 
@@ -181,7 +188,7 @@ class Trainer:
             if damaged:
                 text += f", as {' and '.join(path.name for path in damaged)} cannot be read"
             workers = ", ".join(self.ranks.names)
-            self.record.log("start", self.step, text=text, total=sum(self.steps_in), workers=workers)
+            self.record.log("start", self.step, text=text, total=self.steps, workers=workers)
             while self.progress["epoch"] < self.config.training.epochs and not self._out_of_patience():
                 epoch = self.progress["epoch"]
                 self._epoch(epoch)
@@ -223,7 +230,8 @@ class Trainer:
         for start in range(self.progress["batch"], len(planned), training.accumulate):
             clock = time.perf_counter()
             group = planned[start : start + training.accumulate]
-            rate = learning_rate(self.step, sum(self.steps_in), training.learning_rate, training.warmup_steps)
+            rate = learning_rate(self.step, self.steps, training.learning_rate, training.warmup_steps)
+            self.own_losses.crf_weight = training.crf_weight * (self.step >= training.crf_start * self.steps)
             loss, norm, seconds = self.train_on(group, epoch, rate)
             self.step += 1
             self.progress["batch"] = start + len(group)
@@ -269,7 +277,7 @@ class Trainer:
                 # DistributedDataParallel takes the mean over ranks of what are parts of a sum
                 (total * self.ranks.world / len(group)).backward()
             loss += token_loss / len(group)
-            seconds += float(batch.lengths.sum()) / SAMPLE_RATE
+            seconds += float(batch.cpu_lengths.sum()) / SAMPLE_RATE
             utterances += len(batch.lengths)
             clock = time.perf_counter()
         norm = float(torch.nn.utils.clip_grad_norm_(self.network.parameters(), training.clip_norm))
@@ -304,18 +312,21 @@ class Trainer:
         self.ranks.wait()
 
     def _tune(self, epoch: int) -> dict:
-        """Score the tuning data, keep the best network and this epoch's weights, write a checkpoint."""
+        """Keep this epoch's weights; where it is time, score the tuning data, keep the best, write a checkpoint."""
+        training = self.config.training
+        self.record.keep_epoch(epoch, self.network, training.average)
+        self.progress["epoch"], self.progress["batch"], self.progress["clipped"] = epoch + 1, 0, 0
+        if (epoch + 1) % training.score_epochs and epoch + 1 < training.epochs:
+            return {}
         metrics = self._score()
         if metrics:
             hours = self.progress["audio_seconds"] / 3600
             self.record.log("dev", self.step, epoch=epoch, audio_hours=hours, **metrics)
-        self.record.keep_epoch(epoch, self.network, self.config.training.average)
         cer, best = metrics.get("cer", 0.0), self.progress["best"]
         self.progress["since_best"] = 0 if cer < best else self.progress["since_best"] + 1
         if cer <= best:
             self.progress["best"] = cer
             self.record.keep(self.network, self.run / "best")
-        self.progress["epoch"], self.progress["batch"], self.progress["clipped"] = epoch + 1, 0, 0
         self._save()
         if self._out_of_patience():
             text = f"stopped after epoch {epoch + 1}: no better CER for {self.progress['since_best']} epochs"

@@ -75,26 +75,27 @@ class Losses(nn.Module):
             features = features.masked_fill(hidden, 0.0)  # 0 is the mean
         with torch.autocast(features.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             log_probs, frames, auxiliary = network.read_features(features, frames)
+        counted = batch.cpu_lengths // network.stride  # `frames`, on the CPU
         total = torch.zeros((), device=features.device)
         if network.transducer is not None and self.transducer_weight:
             loss = rnnt(
-                network.transducer, auxiliary["joint"], frames, batch.tokens, batch.token_lengths, batch.counts
+                network.transducer, auxiliary["joint"], counted, batch.tokens, batch.token_lengths, batch.counts
             ) / max(batch.token_count, 1)
             total = self.transducer_weight * loss
             if self.freeze_encoder:
                 return total, loss.detach()
-        loss = ctc(log_probs, frames, batch.tokens, batch.token_lengths, batch.counts) / max(batch.token_count, 1)
+        loss = ctc(log_probs, counted, batch.tokens, batch.token_lengths, batch.counts) / max(batch.token_count, 1)
         total = total + loss
         if views > 1:
             spread = divergence(log_probs, frames, batch.counts) / max(batch.token_count, 1)
             total = total + self.consistency_weight * spread
+        known = (batch.phone_lengths > 0).to(features.device)
         for name in ("phones", "final phones"):
             if name in auxiliary and self.phone_weight:
-                known = batch.phone_lengths > 0
-                phone_loss = ctc(auxiliary[name], frames, batch.phones, batch.phone_lengths, known)
+                phone_loss = ctc(auxiliary[name], counted, batch.phones, batch.phone_lengths, known)
                 if views > 1:
                     phone_loss = phone_loss + self.consistency_weight * divergence(auxiliary[name], frames, known)
-                if name == "final phones" and self.likely is not None:
+                if name == "final phones" and self.likely is not None and self.crf_weight:
                     all_said = log_partition(auxiliary[name], frames, self.likely)
                     phone_loss = phone_loss + self.crf_weight * torch.where(known, all_said, 0.0).sum()
                 total = total + self.phone_weight * phone_loss / max(batch.phone_count, 1)
@@ -113,7 +114,10 @@ def features_of(network: Network, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def ctc(log_probs: Tensor, frames: Tensor, targets: Tensor, target_lengths: Tensor, counts: Tensor) -> Tensor:
-    """Summed CTC loss of the rows that count: log_probs (batch, time, tokens), counts (batch,) bool -> scalar."""
+    """Summed CTC loss of the rows that count: log_probs (batch, time, tokens), counts (batch,) bool -> scalar.
+
+    `frames` and `target_lengths` are best on the CPU, where the loss reads them: a GPU would be waited for.
+    """
     losses = F.ctc_loss(
         log_probs.float().transpose(0, 1), targets, frames, target_lengths, reduction="none", zero_infinity=True
     )

@@ -112,7 +112,7 @@ def _batch(network: Network, rows: int) -> Batch:
     longest = int(lengths.max())
     hop, stride = network.config.features.hop, network.stride
     return Batch(
-        audio=torch.randn(rows, longest) * 0.1, features=None, lengths=lengths,
+        audio=torch.randn(rows, longest) * 0.1, features=None, lengths=lengths, cpu_lengths=lengths,
         tokens=torch.randint(1, len(network.tokenizer), (rows, 100)), token_lengths=torch.full((rows,), 100),
         counts=torch.ones(rows, dtype=torch.bool),
         phones=torch.zeros(rows, 1, dtype=torch.long), phone_lengths=torch.zeros(rows, dtype=torch.long),

@@ -265,7 +265,7 @@ def export(
         typer.Option(help="A whole model folder, only the graphs, or graphs that the package sherpa-onnx runs."),
     ] = "model",
     small: Annotated[
-        bool, typer.Option("--small", help="A model in a quarter of the size: float16 weights, int8 graphs alone.")
+        bool, typer.Option("--small", help="A model in a fifth of the size: weights in 8 bits, int8 graphs alone.")
     ] = False,
     speech: Annotated[
         list[Path] | None,
