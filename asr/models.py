@@ -178,7 +178,8 @@ def save_network(network: Network, folder: str | Path, *, small: bool = False) -
     Of a transducer, the prediction network is also written by itself, for those who recognize without torch.
 
     Args:
-        small: a quarter of the size: matrices in 8 bits, a step for each row (`read_weights`), a transducer in float16.
+        small: a quarter of the size: matrices in 8 bits, a step for each row (`read_weights`), a transducer for use in
+            float16, and without the output of phone states, which is new in every training.
     """
     weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     if small:
@@ -201,9 +202,9 @@ def save_network(network: Network, folder: str | Path, *, small: bool = False) -
 def _small(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     kept: dict[str, Tensor] = {}
     for name, value in weights.items():
-        if name.startswith("transducer."):
-            kept[name] = value.half()
-        elif value.is_floating_point() and value.ndim > 1:
+        if name.startswith("state_output."):
+            continue
+        if value.is_floating_point() and value.ndim > 1:
             step = value.flatten(1).abs().amax(1).clamp(min=1e-12) / 127
             rows = step.reshape(-1, *[1] * (value.ndim - 1))
             kept[name], kept[name + _STEP] = (value / rows).round().to(torch.int8), step

@@ -21,7 +21,7 @@ from tones import changed, log_rows, losses, row, tone_config, write_corpus
 import asr.training.step
 from asr.config import DataConfig, FeatureConfig, TrainConfig, TrainingConfig
 from asr.errors import AsrError, ConfigError
-from asr.models import Network, load_network
+from asr.models import Network, load_network, save_network
 from asr.nn import LookAhead
 from asr.runtime.folder import shipped_model
 from asr.training.checkpoint import average_weights
@@ -327,6 +327,25 @@ def test_averaged_weights_are_the_mean(tmp_path: Path) -> None:
     for i in range(3):
         save_file({"w": torch.full((2,), float(i))}, tmp_path / f"{i}.safetensors")
     assert average_weights(sorted(tmp_path.glob("*.safetensors")))["w"].tolist() == [1.0, 1.0]
+
+
+def test_weights_that_were_saved_small_are_averaged_as_what_they_stand_for(tmp_path: Path) -> None:
+    network = load_network(run_training(tone_config(write_corpus(tmp_path / "d"), epochs=1), tmp_path / "run"))
+    save_network(network, tmp_path / "whole")
+    save_network(network, tmp_path / "small", small=True)
+    whole, small = (tmp_path / name / "weights.safetensors" for name in ("whole", "small"))
+    assert small.stat().st_size < 0.6 * whole.stat().st_size
+    mean = average_weights([small, whole])
+    for name, value in network.state_dict().items():
+        if not name.startswith("state_output."):  # which no small one has
+            assert float((mean[name] - value).abs().max()) <= float(value.abs().max()) / 400, name
+
+
+def test_the_tuning_data_is_scored_every_so_many_epochs_and_at_the_end(tmp_path: Path) -> None:
+    config = tone_config(write_corpus(tmp_path / "d"), epochs=5, score_epochs=2, average=2)
+    run_training(config, tmp_path / "run")
+    assert [row["epoch"] for row in log_rows(tmp_path / "run", "dev")] == [1, 3, 4]
+    assert len(list((tmp_path / "run" / "epochs").glob("*.safetensors"))) == 2
 
 
 def test_steps_that_stay_non_finite_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,20 @@ def test_a_ctc_crf_of_the_phones_is_their_ctc_less_all_that_could_be_said(tmp_pa
     assert loss(0.0) - loss(1.0) == pytest.approx(2 * (loss(0.0) - loss(0.5)), rel=1e-3)
 
 
+def test_what_else_could_be_said_counts_from_crf_start_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = changed(tone_config(write_corpus(tmp_path / "d"), epochs=2), "model", phone_output=True)
+    config = changed(config, "training", crf_weight=0.8, crf_start=0.5)
+    seen, forward = [], Losses.forward
+
+    def watched(self: Losses, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(self.crf_weight)
+        return forward(self, batch)
+
+    monkeypatch.setattr(Losses, "forward", watched)
+    run_training(config, tmp_path / "run")
+    assert set(seen[: len(seen) // 2]) == {0.0} and set(seen[len(seen) // 2 :]) == {0.8}
+
+
 def test_two_views_of_an_utterance_differ_by_their_masks_alone(tmp_path: Path) -> None:
     config = tone_config(write_corpus(tmp_path / "data"), consistency_weight=0.2)
     corpus = Corpus(config.data.train)

@@ -37,7 +37,7 @@ from asr.nn.stack import Bidirectional, Recurrent, Stacked
 from asr.runtime.export_cells import run_cell
 
 _OPSET = 20
-CONVOLUTION = "convolution"  # how the names of convolutions' weights begin
+WEIGHTS = "weights"  # how the names of matrices begin that are not an LSTM's
 _INT_MAX = np.iinfo(np.int64).max
 # Standard deviations to which normalised values reach, but for one in some ten thousand: after a convolution and ReLU,
 # and after layer normalisation, each counted for the channel with the largest weight.
@@ -309,9 +309,7 @@ class GraphBuilder:
         # a matrix product: on the few frames of a live block it is twice as fast as ONNX Runtime's Conv
         matrix = (weight * scale[:, None, None]).permute(2, 1, 0).flatten(0, 1)
         x = self.windows(x, layer.kernel, layer.stride, [weight.shape[1]])
-        y = self.op(
-            "Relu", self.op("Add", self.op("MatMul", x, self.constant(matrix, CONVOLUTION)), self.constant(bias))
-        )
+        y = self.op("Relu", self.op("Add", self.op("MatMul", x, self.constant(matrix, WEIGHTS)), self.constant(bias)))
         expected = float((norm.bias + _RELU_DEVIATIONS * norm.weight.abs()).max().detach())
         self.ranges[y] = (0.0, max(expected, self.largest(layer)))
         return y
@@ -424,7 +422,7 @@ class GraphBuilder:
         return self.op("LogSoftmax", self.linear(layer.linear, x), axis=-1)
 
     def linear(self, layer: nn.Linear, x: str) -> str:
-        y = self.op("MatMul", x, self.constant(layer.weight.T))
+        y = self.op("MatMul", x, self.constant(layer.weight.T, WEIGHTS))
         return y if layer.bias is None else self.op("Add", y, self.constant(layer.bias))
 
     def lstm_weights(self, directions: list[nn.LSTM]) -> list[str]:

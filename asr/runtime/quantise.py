@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from asr.runtime.export_graph import CONVOLUTION
+from asr.runtime.export_graph import WEIGHTS
 
 _SATURATED = 40.0  # a gate's bias that leaves it open or shut
 _CELL = 20.0  # a cell state whose tanh is 1
@@ -49,15 +49,15 @@ def quantise(model: onnx.ModelProto) -> onnx.ModelProto:
         )  # fmt: skip
         quiet.setLevel(level)
         quantised = onnx.load(target)
-    _halve_convolutions(quantised.graph)
+    _halve_others(quantised.graph)
     helper.set_model_props(quantised, metadata | {"precision": "int8"})
     return quantised
 
 
-def _halve_convolutions(graph: onnx.GraphProto) -> None:
-    """Keep the convolutions' weights in float16, which a session widens once, as it opens."""
+def _halve_others(graph: onnx.GraphProto) -> None:
+    """Keep the other matrices in float16, which a session widens once, as it opens."""
     for constant in graph.initializer:
-        if constant.name.startswith(CONVOLUTION):
+        if constant.name.startswith(WEIGHTS):
             name, half = constant.name, f"half_{constant.name}"
             constant.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(constant).astype(np.float16), half))
             graph.node.insert(0, helper.make_node("Cast", [half], [name], name=f"{half}_cast", to=TensorProto.FLOAT))
