@@ -130,10 +130,11 @@ def test_on_real_speech_at_most_one_word_in_200_differs(exported: Path, shared_s
     recognizer = Recognizer.load(exported / "model", decoding="greedy", precision="fp32", endpoint=None)
     ours = [recognizer.transcribe(as_sherpa_scales(samples), network="streaming").text for samples in audios]
     assert sum(len(text.split()) for text in ours) > 300
-    assert share_that_differs(ours, live_texts(online(exported), audios)) <= 0.005
+    allowed = 0.005 if thinned == 1 else 0.01  # of some 500 words a third is more than one in 200
+    assert share_that_differs(ours, live_texts(online(exported), audios)) <= allowed
     centred = [x - x.mean() for x in audios]
     ours = [t.text for t in recognizer.transcribe_batch(centred)]
-    assert share_that_differs(ours, file_texts(offline(exported), centred)) <= 0.005
+    assert share_that_differs(ours, file_texts(offline(exported), centred)) <= allowed
 
 
 def tiny(bidirectional: bool = False, **model: Any) -> Network:
