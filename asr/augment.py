@@ -11,6 +11,12 @@ from asr.config import AugmentConfig
 
 SAMPLE_RATE = 16_000
 SPEED_STEPS = 160  # to a speed of 1: with finer ones the resampler's filter gets long
+# What is drawn evenly between two bounds, here and in asr.training.device:
+LIMIT_HZ = (3_000, 7_000)  # above which a band limit cuts
+T60_SECONDS = (0.1, 0.7)  # of a room
+GAP_SECONDS = (0.001, 0.01)  # from the direct sound to the reverberation
+DIRECT_DB = (3, 15)  # of the direct sound above the reverberation
+BACKGROUND_DB = (-70, -20)  # full scale
 
 
 def changes_waveform(config: AugmentConfig) -> bool:
@@ -64,11 +70,11 @@ def room_response(rng: np.random.Generator) -> torch.Tensor:
 
     T60 is 0.1 to 0.7 s, the reverberation 3 to 15 dB below the direct sound in energy.
     """
-    t60 = rng.uniform(0.1, 0.7)
+    t60 = rng.uniform(*T60_SECONDS)
     time = np.arange(int(t60 * SAMPLE_RATE)) / SAMPLE_RATE
     tail = rng.standard_normal(len(time)) * 10 ** (-3 * time / t60)
-    tail[: int(rng.uniform(0.001, 0.01) * SAMPLE_RATE)] = 0.0
-    tail *= np.sqrt(10 ** (-rng.uniform(3, 15) / 10) / (np.square(tail).sum() + 1e-12))
+    tail[: int(rng.uniform(*GAP_SECONDS) * SAMPLE_RATE)] = 0.0
+    tail *= np.sqrt(10 ** (-rng.uniform(*DIRECT_DB) / 10) / (np.square(tail).sum() + 1e-12))
     tail[0] = 1.0
     return torch.from_numpy(tail.astype(np.float32))
 
@@ -91,7 +97,7 @@ def augment_audio(
 ) -> torch.Tensor:
     """Reverberation, band limit, noise and gain, each as the configuration's chances have it: (samples,) float32."""
     response = room_response(rng) if rng.random() < config.reverberation_probability else None
-    limit = float(rng.uniform(3_000, 7_000)) if rng.random() < config.low_pass_probability else None
+    limit = float(rng.uniform(*LIMIT_HZ)) if rng.random() < config.low_pass_probability else None
     if response is not None or limit is not None:
         audio = filter_audio(audio, response, limit)
     if noise is not None:
@@ -108,7 +114,7 @@ def background(samples: int, noise: torch.Tensor | None, rng: np.random.Generato
     if noise is None:
         return torch.zeros(samples)
     noise = repeat(noise, samples)
-    level = 10 ** (rng.uniform(-70, -20) / 20)
+    level = 10 ** (rng.uniform(*BACKGROUND_DB) / 20)
     return noise * (level / noise.square().mean().sqrt().clamp(min=1e-5))
 
 

@@ -3,7 +3,7 @@
 A GPU that trains needs hundreds of utterances a second, augmented; a processor core makes some tens.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -11,12 +11,18 @@ import torchaudio
 from torch import Tensor
 from torch.nn import functional as F
 
-from asr.augment import SAMPLE_RATE, SPEED_STEPS
+from asr.augment import (
+    BACKGROUND_DB,
+    DIRECT_DB,
+    GAP_SECONDS,
+    LIMIT_HZ,
+    SAMPLE_RATE,
+    SPEED_STEPS,
+    T60_SECONDS,
+)
 from asr.config import TrainConfig
 from asr.nn.layer import valid
 from asr.training.data import EDGE_SAMPLES, ROW_STREAM, UNKNOWN, Batch, Corpus, Loader, Plan
-
-_LONGEST_ROOM = 0.7  # seconds of reverberation
 
 
 def fits(corpus: Corpus, device: torch.device) -> bool:
@@ -32,13 +38,13 @@ class Ragged:
         rows = list(rows)
         self.lengths = np.array([len(row) for row in rows], np.int64)
         self.starts = np.cumsum(self.lengths) - self.lengths
+        self.lasts = np.maximum(self.lengths - 1, 0)
         self.flat = torch.from_numpy(np.concatenate([*rows, np.zeros(1, rows[0].dtype)])).to(device)
 
     def at(self, rows: np.ndarray, index: Tensor) -> Tensor:
         """What some rows hold at an index, or at their nearest end: (rows, time) int64 -> (rows, time)."""
-        put = _putter(index.device)
-        last = put(np.maximum(self.lengths[rows] - 1, 0))[:, None]
-        return self.flat[put(self.starts[rows])[:, None] + torch.minimum(index.clamp(min=0), last)]
+        starts, lasts = (_put(x[rows], index.device)[:, None] for x in (self.starts, self.lasts))
+        return self.flat[starts + torch.minimum(index.clamp(min=0), lasts)]
 
 
 class DeviceLoader(Loader):
@@ -73,7 +79,7 @@ class DeviceLoader(Loader):
         rows, speeds, leads, silent = (np.array(x) for x in zip(*(mine or plan.share(0, len(plan.rows))), strict=True))
         steps = np.round(speeds * SPEED_STEPS).astype(np.int64)
         rng = np.random.default_rng([config.training.seed, ROW_STREAM, epoch, int(rows[0])])
-        put = _putter(device)
+        put = self._put
 
         room = plan.samples - 2 * EDGE_SAMPLES
         played = -(-corpus.n_samples[rows] * SPEED_STEPS // steps)
@@ -90,12 +96,11 @@ class DeviceLoader(Loader):
         of_text = np.where(silent | idle, 0, self.written.lengths[rows])
         of_phones = np.where(silent | idle, 0, self.spoken.lengths[rows])
         states = self._states(rows, speeds, leads, silent | idle, plan.samples)
-        cpu_lengths = torch.from_numpy(lengths)
         return Batch(
             audio=F.pad(audio, (EDGE_SAMPLES, EDGE_SAMPLES)),
             features=None,
             lengths=put(lengths),
-            cpu_lengths=cpu_lengths,
+            cpu_lengths=torch.from_numpy(lengths),
             tokens=self._targets(self.written, rows, of_text),
             token_lengths=torch.from_numpy(of_text),
             counts=torch.full((len(rows),), not idle, device=device),
@@ -111,7 +116,7 @@ class DeviceLoader(Loader):
 
     def _played(self, rows: np.ndarray, steps: np.ndarray, played: np.ndarray) -> Tensor:
         """The rows at their speeds, (rows, longest) float32; past its end, a row holds nothing that counts."""
-        put = _putter(self.device)
+        put = self._put
         recorded = self.corpus.n_samples[rows]
         audio = torch.zeros(len(rows), int(played.max()), device=self.device)
         for step in np.unique(steps):
@@ -133,10 +138,10 @@ class DeviceLoader(Loader):
 
     def _augmented(self, audio: Tensor, lengths: np.ndarray, silent: np.ndarray, rng: np.random.Generator) -> Tensor:
         """As asr.augment.augment_audio, or of silent rows background: (rows, samples) float32, likewise."""
-        config, put, count = self.config.augment, _putter(self.device), len(audio)
+        config, put, count = self.config.augment, self._put, len(audio)
         rooms = rng.random(count) < config.reverberation_probability
         limited = rng.random(count) < config.low_pass_probability
-        limits = np.where(limited, rng.uniform(3_000, 7_000, count), SAMPLE_RATE)
+        limits = np.where(limited, rng.uniform(*LIMIT_HZ, size=count), SAMPLE_RATE)
         inside = valid(put(lengths), audio.shape[1])
         changed = np.flatnonzero((rooms | limited) & ~silent)
         if len(changed):
@@ -155,7 +160,7 @@ class DeviceLoader(Loader):
             power, noise_power = (x.square().sum(1) / seconds for x in (audio[of], noise))
             low, high = config.noise_snr_db
             snr = put(10 ** (-rng.uniform(low, high, len(noisy)) / 10).astype(np.float32))
-            level = put(10 ** (rng.uniform(-70, -20, len(noisy)) / 20).astype(np.float32))
+            level = put(10 ** (rng.uniform(*BACKGROUND_DB, size=len(noisy)) / 20).astype(np.float32))
             beside = torch.sqrt(power * snr / noise_power.clamp(min=1e-10))
             alone = level / noise_power.sqrt().clamp(min=1e-5)
             scale = torch.where(put(silent[noisy]), alone, beside)
@@ -167,11 +172,11 @@ class DeviceLoader(Loader):
 
     def _filtered(self, audio: Tensor, rooms: np.ndarray, limits: np.ndarray, rng: np.random.Generator) -> Tensor:
         """As asr.augment.room_response and filter_audio: (rows, samples) float32, likewise."""
-        put, count = _putter(self.device), len(audio)
-        t60 = put(rng.uniform(0.1, _LONGEST_ROOM, count).astype(np.float32))[:, None]
-        gap = put(rng.uniform(0.001, 0.01, count).astype(np.float32))[:, None]
-        strength = put(10 ** (-rng.uniform(3, 15, count) / 10).astype(np.float32))[:, None]
-        seconds = torch.arange(int(_LONGEST_ROOM * SAMPLE_RATE), device=self.device)[None] / SAMPLE_RATE
+        put, count = self._put, len(audio)
+        t60 = put(rng.uniform(*T60_SECONDS, size=count).astype(np.float32))[:, None]
+        gap = put(rng.uniform(*GAP_SECONDS, size=count).astype(np.float32))[:, None]
+        strength = put(10 ** (-rng.uniform(*DIRECT_DB, size=count) / 10).astype(np.float32))[:, None]
+        seconds = torch.arange(int(T60_SECONDS[1] * SAMPLE_RATE), device=self.device)[None] / SAMPLE_RATE
         dice = torch.Generator(self.device).manual_seed(int(rng.integers(2**62)))
         tail = torch.randn(count, seconds.shape[1], generator=dice, device=self.device) * 10 ** (-3 * seconds / t60)
         tail = torch.where((seconds >= gap) & (seconds < t60), tail, 0.0)
@@ -198,14 +203,14 @@ class DeviceLoader(Loader):
         return hidden_frames, self._covered(rng.integers(0, bands - widths + 1), widths, bands)
 
     def _covered(self, starts: np.ndarray, widths: np.ndarray, size: int) -> Tensor:
-        put, place = _putter(self.device), torch.arange(size, device=self.device)
+        put, place = self._put, torch.arange(size, device=self.device)
         return ((place >= put(starts)[..., None]) & (place < put(starts + widths)[..., None])).any(1)
 
     def _states(
         self, rows: np.ndarray, speeds: np.ndarray, leads: np.ndarray, untaught: np.ndarray, samples: int
     ) -> Tensor:
         """As Loader._states_at, of all rows: (rows, output frames) int64."""
-        put = _putter(self.device)
+        put = self._put
         stride = self.hop * int(np.prod(self.config.model.strides))
         time = torch.arange(samples // stride, device=self.device)[None]
         position = (time - self.delay) * stride - EDGE_SAMPLES - put(leads)[:, None]
@@ -219,9 +224,12 @@ class DeviceLoader(Loader):
     def _targets(self, of: Ragged, rows: np.ndarray, lengths: np.ndarray) -> Tensor:
         place = torch.arange(max(int(lengths.max()), 1), device=self.device)[None]
         targets = of.at(rows, place.expand(len(rows), -1))
-        return torch.where(place < _putter(self.device)(lengths)[:, None], targets, 0)
+        return torch.where(place < self._put(lengths)[:, None], targets, 0)
+
+    def _put(self, array: np.ndarray) -> Tensor:
+        return _put(array, self.device)
 
 
-def _putter(device: torch.device) -> Callable[[np.ndarray], Tensor]:
-    """What puts an array on a device, without waiting for it."""
-    return lambda array: torch.from_numpy(array).to(device, non_blocking=True)
+def _put(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array on a device, which is not waited for."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
