@@ -195,6 +195,7 @@ class TrainingConfig:
     crf_weight: float = 0.0  # of the denominator of the phones' CTC at the output (model.phone_output): 1 is a CTC-CRF
     crf_start: float = 0.0  # share of the updates after which it counts: a new network is better taught by CTC first
     consistency_weight: float = 0.0  # between two views of each utterance, masked apart (CR-CTC); a batch holds both
+    teacher_weight: float = 1.0  # of the divergence from what `teachers` say of each frame, beside each CTC
     transducer_weight: float = 1.0  # of the transducer's loss beside CTC's, where model.prediction is above 0
     freeze_encoder: bool = False  # train the transducer alone, on the network that init_from names
     curriculum_seconds: float = 0.0  # the first epoch takes no longer utterances; 0: it takes all
@@ -224,7 +225,7 @@ class TrainingConfig:
         _check(self.clip_norm > 0, "training.clip_norm", self.clip_norm, "above 0")
         for name in (
             "clip_value", "warmup_steps", "weight_decay", "phone_weight", "alignment_weight", "transducer_weight",
-            "consistency_weight", "crf_weight", "curriculum_seconds", "curriculum_step_seconds",
+            "consistency_weight", "crf_weight", "teacher_weight", "curriculum_seconds", "curriculum_step_seconds",
         ):  # fmt: skip
             _check(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "at least 0")
         _check(
@@ -249,6 +250,7 @@ class TrainConfig:
     features: FeatureConfig = FeatureConfig()
     augment: AugmentConfig = AugmentConfig()
     init_from: str = ""  # the folder of a network to start from
+    teachers: tuple[str, ...] = ()  # folders of networks of the same tokens, from whose mean this one learns too
     new_tokens: bool = False  # with init_from: tokens of data.train that it lacks are added, with new outputs
 
     def __post_init__(self) -> None:
@@ -268,6 +270,10 @@ class TrainConfig:
         _check(
             not (training.freeze_encoder and training.consistency_weight), "training.consistency_weight",
             training.consistency_weight, "0 with training.freeze_encoder: it is of CTC, which is not trained then",
+        )  # fmt: skip
+        _check(
+            not (training.freeze_encoder and self.teachers), "teachers", list(self.teachers),
+            "none with training.freeze_encoder: they teach what is not trained then",
         )  # fmt: skip
         _check(
             training.crf_weight == 0 or self.model.phone_output, "training.crf_weight", training.crf_weight,

@@ -29,9 +29,9 @@ from asr.runtime.export import write_graphs  # noqa: E402
 from asr.snapshot import Snapshot  # noqa: E402
 from asr.streams import Streams  # noqa: E402
 from asr.text import Tokenizer  # noqa: E402
-from asr.training.data import Corpus  # noqa: E402
+from asr.training.data import Corpus, features_of  # noqa: E402
 from asr.training.loop import Trainer, run_training  # noqa: E402
-from asr.training.step import ctc, features_of, rnnt  # noqa: E402
+from asr.training.step import ctc, rnnt  # noqa: E402
 
 TOKENS, UNITS = 7, 24
 

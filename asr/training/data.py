@@ -27,6 +27,7 @@ from asr.config import TrainConfig
 from asr.errors import ConfigError, TextError
 from asr.features import FLOOR
 from asr.lexicon import phones_of
+from asr.models import Network
 from asr.text import Tokenizer
 from asr.training.pieces import pieces
 from asr.training.shards import LABEL_SAMPLES, STATES, ShardDataset, Statistics
@@ -429,3 +430,10 @@ def _pad(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     for i, row in enumerate(rows):
         padded[i, : len(row)] = torch.tensor(row, dtype=torch.long)
     return padded, lengths
+
+
+def features_of(network: Network, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch's features as a network normalises them, (batch, frames, bands), and lengths; computed or stored."""
+    if batch.features is None:
+        return network.normalised_features(batch.audio, batch.lengths)
+    return network.layers[1](batch.features, batch.lengths // network.config.features.hop)

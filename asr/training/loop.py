@@ -20,14 +20,15 @@ from asr.nn.layer import valid
 from asr.text import Tokenizer
 from asr.training.checkpoint import average_weights, checkpoints, load_checkpoint, random_state
 from asr.training.crf import trigrams
-from asr.training.data import Corpus, Loader, Plan, Sampler, tuning_plan
+from asr.training.data import Corpus, Loader, Plan, Sampler, features_of, tuning_plan
 from asr.training.device import DeviceLoader, fits
 from asr.training.optimizer import Optimizer
 from asr.training.ranks import Ranks, Stragglers
 from asr.training.record import Record
 from asr.training.shards import ShardDataset
 from asr.training.start import check_inputs, same_shape, take_weights
-from asr.training.step import Losses, choose_precision, ctc, features_of, learning_rate, rnnt
+from asr.training.step import Losses, choose_precision, ctc, learning_rate, rnnt
+from asr.training.teachers import Teachers
 
 _BAD_STEPS_IN_A_ROW = 20
 _CRF_PRIORS = 0.3  # of the phones' log-priors, that a search is to take off (docs/trials.md)
@@ -102,9 +103,11 @@ class Trainer:
         self.dev_loader = Loader(self.dev, config, hop, augment=False) if self.dev else None
         precision = choose_precision(config.training.precision, self.device)
         training = config.training
+        teachers = Teachers(config.teachers, self.network, self.device, precision) if config.teachers else None
         losses = Losses(
             self.network, training.phone_weight, training.alignment_weight, precision, training.transducer_weight,
             training.freeze_encoder, training.consistency_weight, training.crf_weight, self._phone_trigrams(),
+            teachers, training.teacher_weight,
         )  # fmt: skip
         self.own_losses = losses
         self.losses = DistributedDataParallel(losses) if world > 1 else losses

@@ -28,8 +28,8 @@ def check_inputs(config: TrainConfig, run: Path) -> None:
 
     Raises:
         AsrError: prepared data is missing or was made with other features, `data.weights` names no source of it,
-            `init_from` is no network, or the run was started with other data, alignments or configuration (threads,
-            checkpoint_steps, average, patience and hang_seconds may differ).
+            `init_from` or one of `teachers` is no network, or the run was started with other data, alignments or
+            configuration (threads, checkpoint_steps, average, patience and hang_seconds may differ).
     """
     sources: set[str] = set()
     aligned = False
@@ -68,6 +68,8 @@ def check_inputs(config: TrainConfig, run: Path) -> None:
                 f"training.freeze_encoder: the network of init_from has another [model] than the configuration; only "
                 f"{' and '.join(_OF_TRANSDUCER)} may differ, as nothing else is trained"
             )
+    for folder in config.teachers:
+        load_network(folder)
     if checkpoints(run / "checkpoints"):
         _check_unchanged(config, run)
 
@@ -189,4 +191,6 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         config.data, train=tuple(map(absolute, config.data.train)), dev=tuple(map(absolute, config.data.dev))
     )
     augment = dataclasses.replace(config.augment, noise=absolute(config.augment.noise))
-    return dataclasses.replace(config, data=data, augment=augment, init_from=absolute(config.init_from))
+    teachers = tuple(map(absolute, config.teachers))
+    init_from = absolute(config.init_from)
+    return dataclasses.replace(config, data=data, augment=augment, init_from=init_from, teachers=teachers)

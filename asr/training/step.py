@@ -13,7 +13,8 @@ from torchaudio.functional import rnnt_loss
 from asr.models import Network
 from asr.nn.transducer import Transducer
 from asr.training.crf import log_partition
-from asr.training.data import UNKNOWN, Batch
+from asr.training.data import UNKNOWN, Batch, features_of
+from asr.training.teachers import Teachers, lesson
 
 
 class Losses(nn.Module):
@@ -32,6 +33,8 @@ class Losses(nn.Module):
             own (Yao et al. 2024, "CR-CTC"); batches then come with masks for two views. 0: one view.
         crf_weight: of the denominator of the final phones' CTC (asr.training.crf); 1 makes it a CTC-CRF.
         likely: trigrams of phones, which that needs.
+        teachers: networks to learn from, beside what was said (asr.training.teachers).
+        teacher_weight: of the divergence from what they say, of tokens and of phones, beside the CTC of each.
     """
 
     def __init__(
@@ -45,12 +48,15 @@ class Losses(nn.Module):
         consistency_weight: float = 0.0,
         crf_weight: float = 0.0,
         likely: Tensor | None = None,
+        teachers: Teachers | None = None,
+        teacher_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.network = network
         self.phone_weight, self.alignment_weight, self.precision = phone_weight, alignment_weight, precision
         self.transducer_weight, self.freeze_encoder = transducer_weight, freeze_encoder
         self.consistency_weight, self.crf_weight, self.likely = consistency_weight, crf_weight, likely
+        self.teachers, self.teacher_weight = teachers, teacher_weight
         if freeze_encoder:
             trained = ("transducer.", f"layers.{len(network.layers) - 1}.joint.")
             for name, parameter in network.named_parameters():
@@ -69,6 +75,7 @@ class Losses(nn.Module):
         with torch.no_grad():
             features, frames = features_of(network, batch)
             views = len(batch.hidden_frames) // len(features)
+            said = [x.repeat(views, 1, 1) for x in self.teachers.say(batch)] if self.teachers else []
             if views > 1:  # the second after the first, row by row
                 features, frames, batch = features.repeat(views, 1, 1), frames.repeat(views), batch.repeated(views)
             hidden = batch.hidden_frames[:, : features.shape[1], None] | batch.hidden_bands[:, None, :]
@@ -89,6 +96,8 @@ class Losses(nn.Module):
         if views > 1:
             spread = divergence(log_probs, frames, batch.counts) / max(batch.token_count, 1)
             total = total + self.consistency_weight * spread
+        if said:
+            total = total + self.teacher_weight * self._lesson(said, log_probs, auxiliary, frames, batch)
         known = (batch.phone_lengths > 0).to(features.device)
         for name in ("phones", "final phones"):
             if name in auxiliary and self.phone_weight:
@@ -105,12 +114,18 @@ class Losses(nn.Module):
             total = total + self.alignment_weight * state_loss / max(batch.state_count, 1)
         return total, loss.detach()
 
-
-def features_of(network: Network, batch: Batch) -> tuple[Tensor, Tensor]:
-    """A batch's normalised features (batch, frames, bands) and their lengths, computed or as they were stored."""
-    if batch.features is None:
-        return network.normalised_features(batch.audio, batch.lengths)
-    return network.layers[1](batch.features, batch.lengths // network.config.features.hop)
+    def _lesson(
+        self, said: list[Tensor], log_probs: Tensor, auxiliary: dict[str, Tensor], frames: Tensor, batch: Batch
+    ) -> Tensor:
+        """How far the network is from what its teachers say, by token, and by phone with the weight of phones."""
+        parts = [log_probs, *(auxiliary[name] for name in ("final phones",) if name in auxiliary)]
+        own = torch.cat([part.float() for part in parts], dim=-1)
+        heard = torch.arange(own.shape[1], device=own.device) < frames[:, None]
+        apart = F.kl_div(own, lesson(said, own, heard), reduction="none")
+        apart = torch.where((heard & batch.counts[:, None])[..., None], apart, 0.0).sum((0, 1))
+        tokens, phones = apart.split([log_probs.shape[-1], own.shape[-1] - log_probs.shape[-1]])
+        by_phone = self.phone_weight * phones.sum() / max(batch.phone_count, 1)
+        return tokens.sum() / max(batch.token_count, 1) + by_phone
 
 
 def ctc(log_probs: Tensor, frames: Tensor, targets: Tensor, target_lengths: Tensor, counts: Tensor) -> Tensor:
