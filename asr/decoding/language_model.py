@@ -12,7 +12,8 @@ from asr.decoding.hot_words import Phrases
 from asr.decoding.ngram import END, LOG10, START, UNKNOWN, Grams, NgramModel
 from asr.decoding.ngram_files import read_ngrams
 
-_LOWER = -1  # an arc's target: where the same word leads from the state below
+_ODD = np.uint64(0x9E3779B97F4A7C15)  # spreads keys over the places of a filter (Knuth's multiplicative hashing)
+_FILTER_BITS = 12  # to a key, at the least: of keys that are not there one in twelve has to be looked for
 
 
 class Automaton:
@@ -74,9 +75,16 @@ class Arcs:
     """
 
     def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
-        self._backoff, self._lower, self._unigrams, self._after, self._keys, self._scores, self._targets = (
-            arrays[name] for name in ("backoff", "lower", "unigrams", "after", "keys", "scores", "targets")
-        )
+        (
+            self._backoff,
+            self._lower,
+            self._unigrams,
+            self._after,
+            self._keys,
+            self._scores,
+            self._targets,
+            self._filter,
+        ) = (arrays[name] for name in ("backoff", "lower", "unigrams", "after", "keys", "scores", "targets", "filter"))
         self._words = len(self._unigrams)
         self.start, self.end = arrays["sentence"].tolist()
 
@@ -96,27 +104,41 @@ class Arcs:
 
     def step(self, states: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See Automaton."""
-        scores, after = np.zeros(len(states)), np.empty(len(states), np.int64)
-        open_, scored = np.arange(len(states)), np.zeros(len(states), bool)
-        while len(open_):
-            wanted = states * self._words + words
-            place = np.searchsorted(self._keys, wanted)
-            known, bare = self._keys[place] == wanted, states == 0
-            bare &= ~known
-            counts = known & ~scored
-            scores[open_[counts]] += self._scores[place[counts]]
-            scored |= known
-            target = np.where(known, self._targets[np.minimum(place, len(self._targets) - 1)], _LOWER)
-            target[bare] = self._after[words[bare]]
-            counts = bare & ~scored
-            scores[open_[counts]] += self._unigrams[words[counts]]
-            found = target != _LOWER
-            after[open_[found]] = target[found]
-            left = ~found
-            open_, states, words, scored = open_[left], states[left], words[left], scored[left]
-            scores[open_[~scored]] += self._backoff[states[~scored]]
+        contexts = []  # of each order, the longest first; 0 where there is none so long
+        while states.any():
+            contexts.append(states)
             states = self._lower[states].astype(np.int64)
+        scores, after = self._unigrams[words].astype(np.float64), self._after[words].astype(np.int64)
+        for states in reversed(contexts):
+            scores += self._backoff[states]
+            keys = states * self._words + words
+            at = np.flatnonzero(_may_hold(self._filter, keys))
+            wanted = keys[at]
+            place = np.searchsorted(self._keys, wanted)
+            known = self._keys[place] == wanted
+            at, place = at[known], place[known]
+            scores[at] = self._scores[place]
+            leads = place < len(self._targets)  # those of the highest order lead where the word does without them
+            after[at[leads]] = self._targets[place[leads]]
         return scores, after
+
+
+def _filter_of(keys: np.ndarray) -> np.ndarray:
+    """A set of bits, (2 ** n / 8,) uint8, by which most keys that are not among these are known (Bloom 1970)."""
+    bits = max(int(len(keys) * _FILTER_BITS - 1).bit_length(), 3)
+    there = np.zeros(1 << bits, bool)
+    there[_bit(keys, bits)] = True
+    return np.packbits(there, bitorder="little")
+
+
+def _may_hold(filter_: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Whether keys, int64, may be among those of a filter: (n,) of 0 and 1."""
+    bit = _bit(keys, (8 * len(filter_)).bit_length() - 1)
+    return filter_[bit >> 3] >> (bit & 7) & 1
+
+
+def _bit(keys: np.ndarray, bits: int) -> np.ndarray:
+    return ((keys.view(np.uint64) * _ODD) >> np.uint64(64 - bits)).view(np.int64)
 
 
 def _arcs(model: NgramModel) -> dict[str, np.ndarray]:
@@ -133,8 +155,7 @@ def _arcs(model: NgramModel) -> dict[str, np.ndarray]:
             tells[orders[n + 1].prefix] = True
         targets.append(np.where(tells, np.arange(first[n], first[n + 1], dtype=np.int32), shorter))
     backoffs = [np.asarray(grams.log_backoff / LOG10, np.float32) for grams in contexts]
-    # Arcs of all other orders, sorted: of state and word, as one number. Where those of the highest order lead to
-    # is what the order below says.
+    # Arcs of all other orders, sorted: of state and word, as one number.
     keys = np.empty(sum(map(len, orders[1:])) + 1, np.int64)
     keys[-1] = np.iinfo(np.int64).max
     place = 0
@@ -151,7 +172,8 @@ def _arcs(model: NgramModel) -> dict[str, np.ndarray]:
         "after": targets[0],
         "keys": keys,
         "scores": np.concatenate([*(_scores(grams) for grams in orders[1:]), np.zeros(1, np.float32)]),
-        "targets": np.concatenate([*targets[1:], np.full(1, _LOWER, np.int32)]),
+        "targets": np.concatenate([np.zeros(0, np.int32), *targets[1:]]),
+        "filter": _filter_of(keys[:-1]),
         "sentence": np.array([targets[0][model.words.index(START)], model.words.index(END)], np.int64),
     }
 
@@ -177,14 +199,15 @@ class Scorer:
 
     def step(self, states: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As the Automaton's, of places in the lexicon."""
+        if self._nodes == 1:
+            return self._ngrams.step(states, self._words[words])
         contexts, nodes = np.divmod(states, self._nodes)
         scores, after = self._ngrams.step(contexts, self._words[words])
         after *= self._nodes
-        if self._nodes > 1:
-            for i in np.flatnonzero((nodes > 0) | np.isin(words, self._hot)).tolist():
-                node, bonus = self._phrases.step(int(nodes[i]), int(words[i]))
-                scores[i] += bonus
-                after[i] += node
+        for i in np.flatnonzero((nodes > 0) | np.isin(words, self._hot)).tolist():
+            node, bonus = self._phrases.step(int(nodes[i]), int(words[i]))
+            scores[i] += bonus
+            after[i] += node
         return scores, after
 
     def finish(self, states: np.ndarray) -> np.ndarray:

@@ -20,6 +20,8 @@ SURE = 4.0  # a blank so much (natural log) likelier than any label, priors take
 LIKELIEST = 10  # labels that are tried at a frame: a third of the work, and no more errors (docs/trials.md)
 SURPRISE = 2.0  # base 10: words that would be dropped though a context made them so much likelier are not looked up
 _NONE = -1
+_KEY_BITS = 63
+_ODD = np.uint64(0x9E3779B97F4A7C15)
 
 Tree = Mapping[str, np.ndarray]  # see tree_of
 
@@ -59,6 +61,13 @@ class Lexicon:
         self.own = lm_weight * scores[self.word]
         self.surprise = lm_weight * SURPRISE + word_score  # what a word brings at the most, beside its own score
         self.first_word = np.cumsum(self.words) - self.words
+
+    def keys(self, states: np.ndarray, nodes: np.ndarray, labels: np.ndarray, bits: int) -> np.ndarray:
+        """Numbers below 2 ** bits that are equal where all three, (n,) each, are."""
+        size = len(self.label) * (self.columns.stop - self.columns.start)
+        if int(states.max()) >= (1 << bits) // size - 1:
+            states = np.unique(states, return_inverse=True)[1].reshape(-1)
+        return (states * len(self.label) + nodes) * (self.columns.stop - self.columns.start) + labels
 
 
 def tree_of(labels: np.ndarray, lengths: np.ndarray, words: np.ndarray, scores: np.ndarray) -> Tree:
@@ -150,7 +159,6 @@ class Running:
         self._text = np.zeros(1, np.int64)  # of each hypothesis, a number for its words so far
         self._width = THRESHOLD  # of the next frame's beam, at the most
         self._above, self._ended = np.array([_NONE]), np.array([_NONE])  # that of all but the last word, and that word
-        self._texts: dict[tuple[int, int], int] = {}  # the number of a text and one more word
 
     def read(self, log_probs: np.ndarray) -> None:
         """Take the next frames, (frames, tokens + phones)."""
@@ -172,7 +180,8 @@ class Running:
         # a next label: not the last one, which would need a blank between; and not one that is hardly heard
         least = np.partition(frame, -LIKELIEST)[-LIKELIEST] if len(frame) > LIKELIEST else -np.inf
         heard = np.where(frame >= least, frame, -np.inf)
-        whose, child = ranges(lexicon.first_child[node], lexicon.children[node])
+        from_ = node[: np.searchsorted(-score, heard.max() - floor)]  # of the best; to others no label brings enough
+        whose, child = ranges(lexicon.first_child[from_], lexicon.children[from_])
         label = lexicon.label[child]
         base = score[whose] + heard[label]
         near = np.flatnonzero((base > floor) & (label != last[whose]))
@@ -182,7 +191,7 @@ class Running:
         floor = max(floor, ahead[inner].max(initial=-np.inf) - self._width)
         inner = inner[ahead[inner] > floor]
         # and the words that end there
-        ends = np.flatnonzero(ahead + lexicon.surprise > floor)
+        ends = np.flatnonzero((ahead > floor - lexicon.surprise) & (lexicon.words[child] > 0))
         of, place = ranges(lexicon.first_word[child[ends]], lexicon.words[child[ends]])
         hopeful = np.flatnonzero(base[ends[of]] + lexicon.own[place] + lexicon.surprise > floor)
         of, word = ends[of[hopeful]], lexicon.word[place[hopeful]]
@@ -215,12 +224,15 @@ class Running:
         near = near[np.argsort(-scores[near], kind="stable")]
         # sorted by what they are and, those alike, by their scores
         count = len(near)
-        keys = _keys(count, states[near], nodes[near], labels[near])
-        keys *= count
-        keys += np.arange(count)
+        bits = count.bit_length()
+        keys = self._lexicon.keys(states[near], nodes[near], labels[near], _KEY_BITS - bits)
+        keys <<= bits
+        keys |= np.arange(count)
         keys.sort()
-        alike, rank = np.divmod(keys, count)
-        leads = np.append(True, alike[1:] != alike[:-1])
+        rank = keys & ((1 << bits) - 1)
+        keys >>= bits
+        leads = np.ones(count, bool)
+        np.not_equal(keys[1:], keys[:-1], out=leads[1:])
         first = rank[leads]
         winner = np.empty(count, np.int64)
         winner[rank] = first[np.cumsum(leads) - 1]
@@ -234,21 +246,20 @@ class Running:
         other = np.flatnonzero(differ & (winner <= best[-1]))
         lost, to = near[other], np.searchsorted(best, winner[other])
         others = (to, old[lost], words[lost], scores[near[winner[other]]] - scores[lost])
-        text = self._text[old[kept]]
-        for i in np.flatnonzero(words[kept] != _NONE).tolist():
-            text[i] = self._texts.setdefault((int(text[i]), int(words[kept[i]])), len(self._texts) + 1)
+        text, said = self._text[old[kept]], words[kept]
+        text = np.where(said == _NONE, text, _longer(text, said))
         self._above, self._ended = above[best], ended[best]
         self._score, self._node, self._state, self._last = scores[kept], nodes[kept], states[kept], labels[kept]
         full = len(kept) == self._lexicon.beam
         self._width = min(THRESHOLD, self._score[0] - self._score[-1] + SLACK) if full else THRESHOLD
         self._text = text
-        came, label, word, text = (part.astype(np.int32) for part in (old[kept], labels[kept], words[kept], text))
+        came, label, word = (part.astype(np.int32) for part in (old[kept], labels[kept], said))
         self._frames.append(_Frame(came, label, word, text, others))
 
     def copy(self) -> "Running":
         """The search as it stands now: the two go separate ways. Arrays are never changed, and shared."""
         other = Running(self._lexicon, self._scorer)
-        other.__dict__.update(self.__dict__ | {"_frames": self._frames.copy(), "_texts": self._texts.copy()})
+        other.__dict__.update(self.__dict__ | {"_frames": self._frames.copy()})
         return other
 
     def best(self) -> np.ndarray:
@@ -301,12 +312,7 @@ def ranges(first: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return whose, np.arange(len(whose)) + (first - (np.cumsum(count) - count))[whose]
 
 
-def _keys(count: int, *parts: np.ndarray) -> np.ndarray:
-    """Numbers below 2 ** 63 / `count` that are equal where all parts (n,) are."""
-    keys = parts[0]
-    for part in parts[1:]:
-        size = int(part.max()) + 1
-        if int(keys.max()) > np.iinfo(np.int64).max // (size * count) - 1:
-            keys = np.unique(keys, return_inverse=True)[1].reshape(-1)
-        keys = keys * size + part
-    return keys
+def _longer(texts: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """The numbers of texts with one more word, int64: two texts have one number by a chance of 2 ** -64."""
+    mixed = (texts + words + 1).view(np.uint64) * _ODD
+    return (mixed ^ (mixed >> np.uint64(32))).view(np.int64)
