@@ -30,7 +30,7 @@ def check_streaming(layer: StreamingLayer, x: Tensor, *, tolerance: float, seed:
             [1] * min(time, 40) + [time],
             [0, 1, 0, time // 2, 0, time, 0],
             [p * layer.stride for p in PRIMES] * (time // (sum(PRIMES) * layer.stride) + 1),
-            [rng.randint(0, 4 * layer.stride) for _ in range(time)],
+            [*(rng.randint(0, 4 * layer.stride) for _ in range(time // layer.stride)), time],
         ]
         for sizes in chunkings:
             _near(_stream(layer, x, sizes), whole, tolerance, f"chunks {sizes[:12]}")

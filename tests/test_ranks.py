@@ -1,6 +1,7 @@
 """asr.training.ranks: several workers train as one; one that is gone is named."""
 
 import datetime
+import multiprocessing
 import os
 import platform
 import socket
@@ -28,8 +29,9 @@ def in_two_processes(function: Callable[..., None], *arguments: object) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(  # pyright: ignore[reportPrivateImportUsage]
-        _joined, (port, function, *arguments), nprocs=2
+    multiprocessing.set_forkserver_preload(["asr.training.loop"])  # imported once, for all
+    torch.multiprocessing.start_processes(  # pyright: ignore[reportPrivateImportUsage]
+        _joined, (port, function, *arguments), nprocs=2, start_method="forkserver"
     )
 
 
