@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from asr.config import NetworkConfig, from_dict, read_toml, to_toml
@@ -31,8 +30,7 @@ from asr.nn.layer import valid
 from asr.nn.transducer import Transducer
 from asr.runtime.folder import FORMAT_VERSION, PREDICTION_FILE, read_phones, read_priors, write_priors
 from asr.text import Tokenizer
-
-_STEP = ".step"  # behind the name of a matrix in 8 bits: what 1 in each of its rows is
+from asr.weights import WEIGHTS_FILE, read_weights, save_weights
 
 
 class Output(StreamingLayer):
@@ -172,18 +170,12 @@ class Network(Chain):
         return x[..., :tokens], lengths, auxiliary
 
 
-def save_network(network: Network, folder: str | Path, *, small: bool = False) -> None:
+def save_network(network: Network, folder: str | Path) -> None:
     """Write config.toml, tokens.txt, weights.safetensors and what else it has into `folder`, replacing it whole.
 
     Of a transducer, the prediction network is also written by itself, for those who recognize without torch.
-
-    Args:
-        small: a quarter of the size: matrices in 8 bits, a step for each row (`read_weights`), a transducer for use in
-            float16, and without the output of phone states, which is new in every training.
     """
     weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    if small:
-        weights = _small(weights)
     with replacing_folder(Path(folder)) as temporary:
         (temporary / "config.toml").write_text(to_toml(network.config), encoding="utf-8")
         network.tokenizer.save(temporary / "tokens.txt")
@@ -191,38 +183,9 @@ def save_network(network: Network, folder: str | Path, *, small: bool = False) -
             (temporary / "phones.txt").write_text("\n".join(network.phones) + "\n", encoding="utf-8")
         if network.log_priors is not None:
             write_priors(temporary, network.log_priors)
-        save_file(weights, temporary / "weights.safetensors")
-        (temporary / "weights.safetensors").chmod(0o644)  # safetensors makes it private
+        save_weights(weights, temporary / WEIGHTS_FILE)
         if network.transducer is not None:
-            kind = np.float16 if small else np.float32
-            arrays = {name: value.astype(kind) for name, value in network.transducer.arrays().items()}
-            np.savez(temporary / PREDICTION_FILE, allow_pickle=False, **arrays)
-
-
-def _small(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    kept: dict[str, Tensor] = {}
-    for name, value in weights.items():
-        if name.startswith("state_output."):
-            continue
-        if value.is_floating_point() and value.ndim > 1:
-            step = value.flatten(1).abs().amax(1).clamp(min=1e-12) / 127
-            rows = step.reshape(-1, *[1] * (value.ndim - 1))
-            kept[name], kept[name + _STEP] = (value / rows).round().to(torch.int8), step
-        else:
-            kept[name] = value
-    return kept
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """What a weights.safetensors holds, in float32, also where it was saved small."""
-    kept = load_file(path)
-    weights = {}
-    for name, value in kept.items():
-        if value.dtype == torch.int8:
-            value = value.float() * kept[name + _STEP].reshape(-1, *[1] * (value.ndim - 1))
-        if not name.endswith(_STEP):
-            weights[name] = value.float() if value.is_floating_point() else value
-    return weights
+            np.savez(temporary / PREDICTION_FILE, allow_pickle=False, **network.transducer.arrays())
 
 
 def load_network(folder: str | Path) -> Network:
@@ -232,7 +195,7 @@ def load_network(folder: str | Path) -> Network:
         ModelError: a file is missing, unreadable, or does not fit the configuration.
     """
     folder = Path(folder)
-    for name in ("config.toml", "tokens.txt", "weights.safetensors"):
+    for name in ("config.toml", "tokens.txt", WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise ModelError(f"{folder}: {name} is missing; the model is incomplete")
     values = read_toml(folder / "config.toml")
@@ -245,11 +208,13 @@ def load_network(folder: str | Path) -> Network:
     names = tuple(read_phones(folder))
     bands = torch.zeros(config.features.bands)
     try:
-        weights = read_weights(folder / "weights.safetensors")
+        weights = read_weights(folder / WEIGHTS_FILE)
         states = len(weights.get("state_output.linear.bias", ()))
         network = Network(config, tokenizer, bands, bands, names, states)
         network.load_state_dict(weights)
+    except ModelError:
+        raise
     except Exception as error:  # safetensors raises its own kinds, torch RuntimeError
-        raise ModelError(f"{folder}/weights.safetensors: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{folder}/{WEIGHTS_FILE}: {str(error).splitlines()[0]}") from error
     network.log_priors = read_priors(folder)
     return network.eval()

@@ -1,5 +1,6 @@
 """Networks: the streaming contract from samples to log-probabilities, saving and loading, export."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -204,18 +205,49 @@ def test_export_replaces_a_model_but_nothing_else(tmp_path: Path) -> None:
         export_model([tmp_path / "run"], tmp_path / "file")
 
 
-def test_a_small_model_has_weights_of_8_bits_and_no_fp32_graph(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_a_small_model_holds_each_matrix_once(bidirectional: bool, tmp_path: Path) -> None:
+    kind = "offline" if bidirectional else "streaming"
+    save_network(tiny_network(bidirectional=bidirectional, look_ahead=0), tmp_path / "a" / kind)
+    export_model([tmp_path / "a"], tmp_path / "small", small=True)
+    folder = tmp_path / "small" / kind
+    assert not (folder / "model.onnx").exists()
+    whole = (tmp_path / "a" / kind / "weights.safetensors").stat().st_size
+    assert (folder / "weights.safetensors").stat().st_size < 0.8 * whole  # it has few matrices
+    x, lengths = audio(8_000), torch.full((3,), 8_000)
+    exact, rounded = load_network(tmp_path / "a" / kind), load_network(folder)
+    for name, value in exact.state_dict().items():
+        assert float((value - rounded.state_dict()[name]).abs().max()) <= float(value.abs().max()) / 120, name
+    with torch.no_grad():
+        assert float((exact(x, lengths)[0] - rounded(x, lengths)[0]).abs().max()) < 0.4
+    # what is small already loses nothing more when it is made so again
+    export_model([tmp_path / "small"], tmp_path / "again", small=True)
+    for name, value in load_network(tmp_path / "again" / kind).state_dict().items():
+        torch.testing.assert_close(value, rounded.state_dict()[name])
+
+
+def test_a_small_model_without_its_graph_is_incomplete(tmp_path: Path) -> None:
     save_network(tiny_network(bidirectional=True), tmp_path / "a" / "offline")
     export_model([tmp_path / "a"], tmp_path / "small", small=True)
-    folder = tmp_path / "small" / "offline"
-    assert (folder / "model.int8.onnx").is_file()
-    assert not (folder / "model.onnx").exists()
-    whole = (tmp_path / "a" / "offline" / "weights.safetensors").stat().st_size
-    assert (folder / "weights.safetensors").stat().st_size < 0.6 * whole
-    x, lengths = audio(8_000), torch.full((3,), 8_000)
-    exact, rounded = load_network(tmp_path / "a" / "offline"), load_network(folder)
-    with torch.no_grad():
-        assert float((exact(x, lengths)[0] - rounded(x, lengths)[0]).abs().max()) < 0.2
+    graph = tmp_path / "small" / "offline" / "model.int8.onnx"
+    whole = graph.read_bytes()
+    graph.write_bytes(whole[:1000])
+    with pytest.raises(ModelError, match=r"model\.int8\.onnx: does not hold the network beside it"):
+        load_network(graph.parent)
+    graph.unlink()
+    with pytest.raises(ModelError, match=r"model\.int8\.onnx: is missing, and with it the matrices"):
+        load_network(graph.parent)
+
+
+def test_of_other_cells_a_small_model_has_all_weights(tmp_path: Path) -> None:
+    network = tiny_network(bidirectional=True)
+    gru = dataclasses.replace(network.config, model=dataclasses.replace(network.config.model, cell="gru"))
+    network = Network(gru, network.tokenizer, torch.full((20,), -9.0), torch.full((20,), 4.0), network.phones)
+    save_network(network.eval(), tmp_path / "a" / "offline")
+    export_model([tmp_path / "a"], tmp_path / "small", small=True)
+    rounded = load_network(tmp_path / "small" / "offline").state_dict()
+    for name, value in network.state_dict().items():
+        assert float((value - rounded[name]).abs().max()) <= float(value.abs().max()) / 250, name
 
 
 def test_exporting_what_is_no_model_says_so(tmp_path: Path) -> None:

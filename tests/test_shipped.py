@@ -40,7 +40,7 @@ def test_the_shipped_model_is_small_and_says_what_it_is() -> None:
     def size(*parts: str) -> int:
         return sum(p.stat().st_size for part in parts for p in (folder / part).rglob("*"))
 
-    assert size("offline", "streaming") < 36_000_000
+    assert size("offline", "streaming") < 20_000_000
     assert size("lm") < 12_000_000
     card = json.loads((folder / "card.json").read_text())
     assert {"name", "data", "accuracy", "command", "licence"} <= card.keys()

@@ -15,18 +15,19 @@ from asr.decoding.next_word import make_small
 from asr.errors import ModelError
 from asr.files import replacing, replacing_folder, write_atomically
 from asr.models import Network, load_network, save_network
+from asr.nn import LSTM, BiLSTM
 from asr.runtime.export_graph import GraphBuilder, check_speech
-from asr.runtime.folder import LM_FOLDER, NEXT_WORD_FOLDER
+from asr.runtime.folder import GRAPHS, LM_FOLDER, NEXT_WORD_FOLDER, PREDICTION_FILE
 from asr.runtime.onnx import OnnxOffline, open_graph
 from asr.runtime.quantise import quantise
 from asr.runtime.sherpa import build_sherpa_graph, read_as_sherpa, sherpa_tokens
+from asr.weights import WEIGHTS_FILE, save_small_weights
 
 _EDGE = np.zeros(round(EDGE_SILENCE_SECONDS * SAMPLE_RATE), np.float32)
 _BLOCK_FRAMES = 4
 _TOLERANCE = 1e-3  # largest difference in log-probability between PyTorch and an fp32 graph
 # Of a graph that rounds, all the probability that it gives to other tokens than PyTorch does, mean over the frames.
 _SHIFT = {"fp32": 0.02, "int8": 0.1}
-_FILES = {"fp32": "model.onnx", "int8": "model.int8.onnx"}
 
 Reader = Callable[[Path, np.ndarray, Network], np.ndarray]  # a graph's log-probabilities for an utterance
 
@@ -47,7 +48,7 @@ def write_graphs(
     """
     folder = Path(network_folder)
     network = load_network(folder)
-    _write_checked(network, build_graph(network), {p: folder / _FILES[p] for p in precisions}, _read, speech)
+    _write_checked(network, build_graph(network), {p: folder / GRAPHS[p] for p in precisions}, _read, speech)
 
 
 def build_graph(network: Network) -> onnx.ModelProto:
@@ -146,7 +147,7 @@ def export_model(
 
     Args:
         sources: run folders (with model/ inside) or model folders; a later one's network replaces an earlier one's.
-        small: a whole model in a fifth of the size: weights in 8 bits, int8 graphs alone.
+        small: a whole model in an eighth of the size: int8 graphs alone, and of the weights what those lack.
         to: "model" for a whole model folder, "onnx" or "onnx-int8" for OUT/(offline|streaming).onnx, "sherpa" for
             OUT/(offline|streaming)/ as the package sherpa-onnx reads them.
         speech: what the graphs are checked on, float32 (n,) at 16 kHz each; None: a sentence that comes along.
@@ -165,7 +166,7 @@ def export_model(
     language_models = _language_models(out)
     for source in sources:
         folder = source / "model" if (source / "model").is_dir() else source
-        found = [kind for kind in ("offline", "streaming") if (folder / kind / "weights.safetensors").is_file()]
+        found = [kind for kind in ("offline", "streaming") if (folder / kind / WEIGHTS_FILE).is_file()]
         if not found:
             raise ModelError(f"{source}: neither a run nor a model folder (no offline/ or streaming/ network in it)")
         networks |= {kind: folder / kind for kind in found}
@@ -191,7 +192,7 @@ def _write_sherpa(network: Network, out: Path, speech: Sequence[np.ndarray] | No
     """model.onnx, model.int8.onnx and tokens.txt, as sherpa-onnx names them."""
     out.mkdir(exist_ok=True)
     graph = build_sherpa_graph(network)
-    _write_checked(network, graph, {p: out / name for p, name in _FILES.items()}, read_as_sherpa, speech)
+    _write_checked(network, graph, {p: out / name for p, name in GRAPHS.items()}, read_as_sherpa, speech)
     write_atomically(out / "tokens.txt", sherpa_tokens(network.tokenizer))
     return out
 
@@ -222,8 +223,10 @@ def _write_model(
 ) -> Path:
     with replacing_folder(out) as temporary:
         for kind, folder in networks.items():
-            save_network(load_network(folder), temporary / kind, small=small)
+            save_network(load_network(folder), temporary / kind)
             write_graphs(temporary / kind, precisions=("int8",) if small else ("fp32", "int8"), speech=speech)
+            if small:
+                _make_small(temporary / kind)
             if (folder / CALIBRATION_FILE).is_file():
                 shutil.copy(folder / CALIBRATION_FILE, temporary / kind)
         for name, folder in language_models.items():
@@ -232,3 +235,21 @@ def _write_model(
             make_small(temporary / NEXT_WORD_FOLDER)
         write_atomically(temporary / "card.json", card)
     return out
+
+
+def _make_small(folder: Path) -> None:
+    """Leave of a network's weights what its int8 graph lacks, in 8 bits, and a transducer for use in float16.
+
+    The output of phone states, which is new in every training, goes.
+    """
+    network = load_network(folder)
+    recurrent = range(network.first_recurrent, network.first_recurrent + network.config.model.layers)
+    in_graph: list[str] = []
+    if all(isinstance(network.layers[i], LSTM | BiLSTM) for i in recurrent):
+        ways = ("ahead", "back") if network.config.model.bidirectional else ("lstm",)
+        in_graph = [f"layers.{i}.{way}.weight_{part}_l0" for i in recurrent for way in ways for part in ("ih", "hh")]
+    weights = {name: w for name, w in network.state_dict().items() if not name.startswith("state_output.")}
+    save_small_weights(weights, in_graph, folder / WEIGHTS_FILE)
+    if network.transducer is not None:
+        arrays = {name: value.astype(np.float16) for name, value in network.transducer.arrays().items()}
+        np.savez(folder / PREDICTION_FILE, allow_pickle=False, **arrays)

@@ -12,7 +12,7 @@ from asr.errors import ConfigError, ModelError
 FORMAT_VERSION = 1
 NETWORKS = ("offline", "streaming")
 PREDICTION_FILE = "prediction.npz"  # in the folder of a network with a transducer
-_GRAPHS = {"int8": "model.int8.onnx", "fp32": "model.onnx"}
+GRAPHS = {"int8": "model.int8.onnx", "fp32": "model.onnx"}
 LM_FOLDER, LM_FILE, LM_LEXICON = "lm", "lm.npz", "lexicon.npz"
 _PRIORS = "priors.txt"  # of a network
 NEXT_WORD_FOLDER = "next-word"
@@ -79,12 +79,12 @@ def find_graph(network: Path, precision: str | None) -> Path:
     Raises:
         ModelError: it is not there; the message says how to make it.
     """
-    wanted = _GRAPHS.values() if precision is None else [_GRAPHS[precision]]
+    wanted = GRAPHS.values() if precision is None else [GRAPHS[precision]]
     for name in wanted:
         if (network / name).is_file():
             return network / name
     missing = " and ".join(wanted)
-    present = [precision for precision, name in _GRAPHS.items() if (network / name).is_file()]
+    present = [precision for precision, name in GRAPHS.items() if (network / name).is_file()]
     raise ModelError(
         f"{network}: {missing} is missing"
         + (f" (it has {', '.join(present)})" if present else "")

@@ -9,6 +9,8 @@ gets two more channels that stand at the range's ends, and the layer gets two mo
 import json
 import logging
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -120,3 +122,29 @@ def _fix(lstm: NodeProto, graph: onnx.GraphProto, low: float, high: float) -> li
 def _grown(weights: np.ndarray) -> np.ndarray:
     """(directions, gates, units, inputs) with two units and two inputs more, zeros."""
     return np.pad(weights, ((0, 0), (0, 0), (0, 2), (0, 2)))
+
+
+def lstm_matrices(path: Path, sizes: list[int]) -> Iterator[np.ndarray]:
+    """The matrices of the LSTM operators of an int8 graph, as torch has them: gates i, f, c, o and what they read.
+
+    Args:
+        path: the graph.
+        sizes: units of each operator, in their order.
+
+    Returns:
+        Of each operator, of each direction: W, (4 units, inputs), and U, (4 units, units), float32.
+    """
+    graph = onnx.load(path).graph
+    constants = {constant.name: constant for constant in graph.initializer}
+    nodes = [node for node in graph.node if node.op_type == "DynamicQuantizeLSTM"]
+    for node, size in zip(nodes, sizes, strict=True):
+        both = [
+            [numpy_helper.to_array(constants[node.input[i]]) for i in places] for places in ((1, 8, 9), (2, 10, 11))
+        ]
+        for direction in range(len(both[0][0])):
+            for values, steps, zeros in both:
+                matrix = (values[direction].astype(np.float32) - zeros[direction]) * steps[direction]
+                gates = matrix.T.reshape(4, -1, len(matrix))
+                more = gates.shape[1] - size  # units that only hold the range, and as many inputs
+                gates = gates[[0, 2, 3, 1], :size, : len(matrix) - more]
+                yield np.ascontiguousarray(gates.reshape(4 * size, -1), np.float32)

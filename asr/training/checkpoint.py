@@ -14,8 +14,9 @@ from torch import Tensor
 
 from asr.errors import ModelError
 from asr.files import replacing_folder
-from asr.models import Network, read_weights
+from asr.models import Network
 from asr.training.optimizer import Optimizer
+from asr.weights import WEIGHTS_FILE, read_weights
 
 _KEPT = 2
 
@@ -36,7 +37,7 @@ def save_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     with replacing_folder(folder / f"step-{step:08d}") as temporary:
-        save_file(_owned(network.state_dict()), temporary / "weights.safetensors")
+        save_file(_owned(network.state_dict()), temporary / WEIGHTS_FILE)
         save_file(_owned(optimizer.state_dict()), temporary / "optimizer.safetensors")
         save_file({f"rank-{i}": s.clone() for i, s in enumerate(random_states)}, temporary / "random.safetensors")
         (temporary / "progress.json").write_text(json.dumps({**progress, "step": step}), encoding="utf-8")
@@ -64,7 +65,7 @@ def load_checkpoint(path: Path, network: Network, optimizer: Optimizer, rank: in
         ModelError: a file is unreadable or belongs to another network.
     """
     try:
-        network.load_state_dict(load_file(path / "weights.safetensors"))
+        network.load_state_dict(load_file(path / WEIGHTS_FILE))
         moments = load_file(path / "optimizer.safetensors")
         optimizer.load_state_dict({k: v if k.endswith(".step") else v.to(device) for k, v in moments.items()})
         states = load_file(path / "random.safetensors")

@@ -29,10 +29,10 @@ from asr.training.shards import ShardDataset
 from asr.training.start import check_inputs, same_shape, take_weights
 from asr.training.step import Losses, choose_precision, ctc, learning_rate, rnnt
 from asr.training.teachers import Teachers
+from asr.weights import WEIGHTS_FILE
 
 _BAD_STEPS_IN_A_ROW = 20
 _CRF_PRIORS = 0.3  # of the phones' log-priors, that a search is to take off (docs/trials.md)
-_WEIGHTS = "weights.safetensors"
 _PRIOR_MINUTES = 10.0  # of speech, over which the outputs' mean probabilities are measured
 Report = Callable[[dict], None]
 
@@ -411,12 +411,12 @@ class Trainer:
         (Wortsman et al. 2022, https://arxiv.org/abs/2109.01903).
         """
         folder = self.run / "model" / self.config.model.kind
-        epochs, best = self.record.epochs(), self.run / "best" / _WEIGHTS
+        epochs, best = self.record.epochs(), self.run / "best" / WEIGHTS_FILE
         ways = {f"the mean of the last {len(epochs)} epochs": epochs}
         if self.dev is not None:
             ways["the best epoch"] = [best]
             if self.goes_on:
-                ways["its mean with init_from"] = [best, Path(self.config.init_from) / _WEIGHTS]
+                ways["its mean with init_from"] = [best, Path(self.config.init_from) / WEIGHTS_FILE]
         scores: dict[str, float] = {}
         for name, files in ways.items():
             if files == [best]:

@@ -265,7 +265,10 @@ def export(
         typer.Option(help="A whole model folder, only the graphs, or graphs that the package sherpa-onnx runs."),
     ] = "model",
     small: Annotated[
-        bool, typer.Option("--small", help="A model in a fifth of the size: weights in 8 bits, int8 graphs alone.")
+        bool,
+        typer.Option(
+            "--small", help="A model in an eighth of the size: int8 graphs alone, and of the weights what they lack."
+        ),
     ] = False,
     speech: Annotated[
         list[Path] | None,

@@ -1,0 +1,82 @@
+"""weights.safetensors: a network's weights, whole, or small: without what the int8 graph beside them holds."""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from asr.errors import ModelError
+from asr.runtime.folder import GRAPHS
+
+WEIGHTS_FILE = "weights.safetensors"
+_STEP = ".step"  # behind the name of a matrix in 8 bits: what 1 in each of its rows is
+_IN_GRAPH = "in_graph"  # of a file's metadata: names of what it lacks, in the order of the graph
+
+
+def save_weights(weights: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write weights as they are."""
+    save_file(weights, path, metadata)
+    path.chmod(0o644)  # safetensors makes it private
+
+
+def save_small_weights(weights: dict[str, Tensor], in_graph: Collection[str], path: Path) -> None:
+    """Write weights with matrices in 8 bits, a step for each row, and without those that the int8 graph holds.
+
+    Args:
+        in_graph: names of the matrices of its LSTM operators: of each, of each direction, W and U.
+    """
+    kept: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if name in in_graph:
+            continue
+        if value.is_floating_point() and value.ndim > 1:
+            step = value.flatten(1).abs().amax(1).clamp(min=1e-12) / 127
+            kept[name], kept[name + _STEP] = (value / _of_rows(step, value)).round().to(torch.int8), step
+        else:
+            kept[name] = value
+    save_weights(kept, path, {_IN_GRAPH: json.dumps(list(in_graph))})
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """What a weights.safetensors holds, in float32; of a small one with what is in the graph beside it (7 bits).
+
+    Raises:
+        ModelError: that graph is missing, or of another network.
+    """
+    path = Path(path)
+    with safe_open(path, "pt") as file:
+        in_graph: list[str] = json.loads((file.metadata() or {}).get(_IN_GRAPH, "[]"))
+    kept = load_file(path)
+    weights = {}
+    for name, value in kept.items():
+        if value.dtype == torch.int8:
+            value = value.float() * _of_rows(kept[name + _STEP], value)
+        if not name.endswith(_STEP):
+            weights[name] = value.float() if value.is_floating_point() else value
+    return weights | _weights_in_graph(path.parent / GRAPHS["int8"], in_graph, weights) if in_graph else weights
+
+
+def _of_rows(step: Tensor, matrix: Tensor) -> Tensor:
+    return step.reshape(-1, *[1] * (matrix.ndim - 1))
+
+
+def _weights_in_graph(graph: Path, names: list[str], others: dict[str, Tensor]) -> dict[str, Tensor]:
+    if not graph.is_file():
+        raise ModelError(f"{graph}: is missing, and with it the matrices of LSTM layers; the model is incomplete")
+    try:
+        from asr.runtime.quantise import lstm_matrices
+    except ImportError:
+        raise ModelError(
+            f"{graph}: reading weights from it needs the package onnx: pip install 'streaming-asr[train]', or, where "
+            "that is installed, `asr export MODEL -o DIR` for a model whose weights are whole"
+        ) from None
+    try:
+        units = {name.rsplit(".", 2)[0]: len(others[name.replace("weight", "bias")]) // 4 for name in names}
+        found = [torch.from_numpy(matrix) for matrix in lstm_matrices(graph, list(units.values()))]
+        return dict(zip(names, found, strict=True))
+    except Exception as error:  # of whatever kind a damaged file brings about
+        raise ModelError(f"{graph}: does not hold the network beside it ({str(error).splitlines()[0]})") from error
