@@ -1,6 +1,10 @@
 """Streaming speech recognition on LSTMs: `asr.load()` gives a Recognizer for files and live audio."""
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# ONNX Runtime sends usage data to its maker unless it is told not to before it is imported. Nothing leaves here.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from asr.recognizer import Recognizer

@@ -28,9 +28,16 @@ from asr.nn import (
 )
 from asr.nn.layer import valid
 from asr.nn.transducer import Transducer
-from asr.runtime.folder import FORMAT_VERSION, PREDICTION_FILE, read_phones, read_priors, write_priors
+from asr.runtime.folder import (
+    FORMAT_VERSION,
+    PREDICTION_FILE,
+    WEIGHTS_FILE,
+    read_phones,
+    read_priors,
+    write_priors,
+)
 from asr.text import Tokenizer
-from asr.weights import WEIGHTS_FILE, read_weights, save_weights
+from asr.weights import read_weights, save_weights
 
 
 class Output(StreamingLayer):

@@ -26,6 +26,7 @@ from asr.runtime import check_choice, load_engine
 from asr.runtime.folder import (
     NETWORKS,
     PREDICTION_FILE,
+    WEIGHTS_FILE,
     best_decoding,
     choose_network,
     find_graph,
@@ -127,7 +128,7 @@ class Recognizer:
                     folder, tokens, phones
                 ),
                 where=str(folder),
-                weights=find_graph(folder, precision) if engine == "onnx" else folder / "weights.safetensors",
+                weights=find_graph(folder, precision) if engine == "onnx" else folder / WEIGHTS_FILE,
                 calibration=load_calibration(folder, decoding) if calibrated else Calibration(),
                 phones=len(phones),
             )

@@ -1,7 +1,8 @@
 """weights.safetensors: a network's weights, whole, or small: without what the int8 graph beside them holds."""
 
+import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor
 from asr.errors import ModelError
 from asr.runtime.folder import GRAPHS
 
-WEIGHTS_FILE = "weights.safetensors"
 _STEP = ".step"  # behind the name of a matrix in 8 bits: what 1 in each of its rows is
-_IN_GRAPH = "in_graph"  # of a file's metadata: names of what it lacks, in the order of the graph
+# Of a file's metadata: names of what it lacks, in the order of the graph, and a hash of it, which no other graph gives.
+_IN_GRAPH, _DIGEST = "in_graph", "digest"
 
 
 def save_weights(weights: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -23,11 +24,14 @@ def save_weights(weights: dict[str, Tensor], path: Path, metadata: dict[str, str
     path.chmod(0o644)  # safetensors makes it private
 
 
-def save_small_weights(weights: dict[str, Tensor], in_graph: Collection[str], path: Path) -> None:
-    """Write weights with matrices in 8 bits, a step for each row, and without those that the int8 graph holds.
+def save_small_weights(weights: dict[str, Tensor], in_graph: Sequence[str], path: Path) -> None:
+    """Write weights with matrices in 8 bits, a step for each row, and without those that the int8 graph beside holds.
 
     Args:
         in_graph: names of the matrices of its LSTM operators: of each, of each direction, W and U.
+
+    Raises:
+        ModelError: that graph is missing, or of other shapes.
     """
     kept: dict[str, Tensor] = {}
     for name, value in weights.items():
@@ -38,7 +42,11 @@ def save_small_weights(weights: dict[str, Tensor], in_graph: Collection[str], pa
             kept[name], kept[name + _STEP] = (value / _of_rows(step, value)).round().to(torch.int8), step
         else:
             kept[name] = value
-    save_weights(kept, path, {_IN_GRAPH: json.dumps(list(in_graph))})
+    if in_graph:
+        found = _weights_in_graph(path.parent / GRAPHS["int8"], in_graph, weights)
+        save_weights(kept, path, {_IN_GRAPH: json.dumps(list(in_graph)), _DIGEST: _digest(found)})
+    else:
+        save_weights(kept, path)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -49,7 +57,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     with safe_open(path, "pt") as file:
-        in_graph: list[str] = json.loads((file.metadata() or {}).get(_IN_GRAPH, "[]"))
+        about = file.metadata() or {}
+    in_graph: list[str] = json.loads(about.get(_IN_GRAPH, "[]"))
     kept = load_file(path)
     weights = {}
     for name, value in kept.items():
@@ -57,14 +66,27 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             value = value.float() * _of_rows(kept[name + _STEP], value)
         if not name.endswith(_STEP):
             weights[name] = value.float() if value.is_floating_point() else value
-    return weights | _weights_in_graph(path.parent / GRAPHS["int8"], in_graph, weights) if in_graph else weights
+    if in_graph:
+        graph = path.parent / GRAPHS["int8"]
+        found = _weights_in_graph(graph, in_graph, weights)
+        if _digest(found) != about[_DIGEST]:
+            raise ModelError(f"{graph}: is not that of the network beside it; copy the model's folder anew, whole")
+        weights |= found
+    return weights
+
+
+def _digest(weights: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for value in weights.values():
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _of_rows(step: Tensor, matrix: Tensor) -> Tensor:
     return step.reshape(-1, *[1] * (matrix.ndim - 1))
 
 
-def _weights_in_graph(graph: Path, names: list[str], others: dict[str, Tensor]) -> dict[str, Tensor]:
+def _weights_in_graph(graph: Path, names: Sequence[str], others: dict[str, Tensor]) -> dict[str, Tensor]:
     if not graph.is_file():
         raise ModelError(f"{graph}: is missing, and with it the matrices of LSTM layers; the model is incomplete")
     try:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tempfile
 import textwrap
 import zlib
 from collections.abc import Iterator
@@ -99,6 +100,23 @@ def _alternatives(segment: "Segment") -> dict[str, Any]:
     if not segment.alternatives:
         return {}
     return {"alternatives": [{"text": f" {other.text}", "score": other.score} for other in segment.alternatives]}
+
+
+def check_writable(path: Path) -> None:
+    """See that a file, and its folder where there is none yet, can be written: before the work, not after it.
+
+    Raises:
+        AsrError: it cannot; the message says why.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(0, "is a folder")
+        if not path.exists() or path.is_file():
+            there = next(folder for folder in path.absolute().parents if folder.exists())
+            with tempfile.NamedTemporaryFile(dir=there):
+                pass
+    except OSError as error:
+        raise AsrError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def write_text(path: Path, text: str) -> None:

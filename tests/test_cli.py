@@ -1,5 +1,6 @@
 """The command: its help, its arguments, its exit status."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -204,3 +205,30 @@ def test_scripts_are_doors_to_the_command(script: str, command: str, tmp_path: P
     done = subprocess.run([sys.executable, str(door), "-h"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert f"Usage: asr {command}" in done.stdout
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(*arguments: object, **options: object) -> None:
+        raise AssertionError("the work was begun")
+
+    monkeypatch.setattr("pipelines.transcribe.transcribe", never)
+    monkeypatch.setattr("pipelines.evaluate.evaluate", never)
+    (tmp_path / "file").touch()
+    assert run("transcribe", "a.wav", "-o", tmp_path / "file") == 1
+    assert "skipped.jsonl: cannot be written" in capsys.readouterr().err
+    for option in ("--json", "--report"):
+        for target, reason in ((tmp_path, "is a folder"), (tmp_path / "file" / "x", "Not a directory")):
+            assert run("evaluate", "a.jsonl", option, target) == 1
+            assert f"{target}: cannot be written ({reason})" in capsys.readouterr().err
+
+
+def test_nothing_is_sent_or_kept_for_the_maker_of_the_runtime(tmp_path: Path) -> None:
+    """ONNX Runtime would keep a device's number and a queue of reports in the user's cache."""
+    sample = Path(__file__).parents[1] / "scripts" / "samples" / "audio" / "00000.flac"
+    home = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    command = [sys.executable, "-m", "pipelines.cli", "transcribe", "--decoding", "greedy", str(sample)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=home, capture_output=True, text=True, check=True)
+    assert done.stdout
+    assert not list(tmp_path.rglob("*onnxruntime*"))

@@ -43,7 +43,7 @@ def kana_recordings(folder: Path, rows: int, seed: int) -> Path:
 def test_kana_are_learnt_decoded_and_scored(tmp_path: Path) -> None:
     prepare([kana_recordings(tmp_path / "train", 120, 0)], tmp_path / "data", workers=0)
     manifest = kana_recordings(tmp_path / "test", 10, 1)
-    config = tone_config(tmp_path / "data", epochs=20, learning_rate=5e-3, batch_seconds=10.0)
+    config = tone_config(tmp_path / "data", epochs=20, score_epochs=10, learning_rate=5e-3, batch_seconds=10.0)
     config = dataclasses.replace(
         config,
         features=dataclasses.replace(config.features, bands=80),

@@ -231,6 +231,11 @@ def test_a_small_model_without_its_graph_is_incomplete(tmp_path: Path) -> None:
     export_model([tmp_path / "a"], tmp_path / "small", small=True)
     graph = tmp_path / "small" / "offline" / "model.int8.onnx"
     whole = graph.read_bytes()
+    save_network(tiny_network(bidirectional=True, seed=3), tmp_path / "b" / "offline")
+    export_model([tmp_path / "b"], tmp_path / "other", small=True)
+    graph.write_bytes((tmp_path / "other" / "offline" / "model.int8.onnx").read_bytes())
+    with pytest.raises(ModelError, match=r"model\.int8\.onnx: is not that of the network beside it"):
+        load_network(graph.parent)
     graph.write_bytes(whole[:1000])
     with pytest.raises(ModelError, match=r"model\.int8\.onnx: does not hold the network beside it"):
         load_network(graph.parent)

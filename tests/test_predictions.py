@@ -72,6 +72,10 @@ def test_without_a_folder_predictions_go_to_stdout(tmp_path: Path, capsys: pytes
     first, *rows = capsys.readouterr().out.splitlines()
     assert first == f"{tmp_path / 'a.wav'}\tfirst"
     assert [json.loads(row)["pred_text"] for row in rows] == ["one", "two", "three"]
+    (tmp_path / "audio" / "two.wav").write_bytes(b"not audio at all")
+    assert run(manifest) == 1
+    rows = [json.loads(row) for row in capsys.readouterr().out.splitlines()]
+    assert [("error" in row, row["pred_text"]) for row in rows] == [(False, "one"), (True, ""), (False, "three")]
 
 
 def test_a_bad_row_is_one_line_in_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

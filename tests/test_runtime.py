@@ -189,6 +189,20 @@ def test_a_missing_precision_is_told_with_the_way_to_make_it(model: Path) -> Non
         Recognizer.load(model, precision="fp32")
 
 
+def test_an_incomplete_language_model_is_not_passed_over(model: Path) -> None:
+    (model / "lm").mkdir()
+    with pytest.raises(ModelError, match=r"lm/ is missing or incomplete; .*--decoding greedy goes without"):
+        Recognizer.load(model)
+    Recognizer.load(model, decoding="greedy")
+
+
+def test_neither_graph_is_told(model: Path) -> None:
+    for name in ("model.onnx", "model.int8.onnx"):
+        (model / "offline" / name).unlink()
+    with pytest.raises(ModelError, match=r"model.int8.onnx and model.onnx are missing; "):
+        Recognizer.load(model)
+
+
 @pytest.mark.parametrize("name", ["config.toml", "tokens.txt"])
 def test_an_incomplete_network_is_named(model: Path, name: str) -> None:
     (model / "offline" / name).unlink()

@@ -32,7 +32,7 @@ from asr.training.loop import Trainer, run_training
 
 
 def test_a_network_learns_and_leaves_a_model_folder(tmp_path: Path) -> None:
-    config = tone_config(write_corpus(tmp_path / "d"), epochs=40, learning_rate=1e-2)
+    config = tone_config(write_corpus(tmp_path / "d"), epochs=40, score_epochs=8, learning_rate=1e-2)
     folder = run_training(config, tmp_path / "run")
     curve = losses(tmp_path / "run")
     assert curve[max(curve)] < 0.2 * curve[1]

@@ -1,7 +1,7 @@
 """Beam search: the words of a lexicon that the network and an n-gram language model together find likeliest.
 
-A network that writes phones beside its tokens is searched by the words' pronunciations, and by their letters for those
-that have none. What is found is weighed by both, and by a next-word model where there is one.
+A network that writes phones beside its tokens is searched by the words' pronunciations; where a word has none, by their
+letters as well. What is found is weighed by both, and by a next-word model where there is one.
 """
 
 import itertools

@@ -21,7 +21,7 @@ LIKELIEST = 10  # labels that are tried at a frame: a third of the work, and no 
 SURPRISE = 2.0  # base 10: words that would be dropped though a context made them so much likelier are not looked up
 _NONE = -1
 _KEY_BITS = 63
-_ODD = np.uint64(0x9E3779B97F4A7C15)
+_ODD = np.uint64(0x9E3779B97F4A7C15)  # spreads the numbers of texts over all that there are
 
 Tree = Mapping[str, np.ndarray]  # see tree_of
 

@@ -64,7 +64,7 @@ def read_model(folder: Path) -> tuple[dict[str, np.ndarray], list[str], dict[str
 
 def _read_about(folder: Path) -> tuple[list[str], dict[str, Any]]:
     if not (folder / _ABOUT).is_file():
-        raise ModelError(f"{folder}: no next-word model; make one with `asr train-lm TEXT --kind lstm --out {folder}`")
+        raise ModelError(f"{folder}: no next-word model; make one with `asr train-lm TEXT --kind lstm --out MODEL`")
     with _undamaged(folder):
         about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
         if about["format_version"] != FORMAT_VERSION:

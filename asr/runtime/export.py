@@ -17,11 +17,11 @@ from asr.files import replacing, replacing_folder, write_atomically
 from asr.models import Network, load_network, save_network
 from asr.nn import LSTM, BiLSTM
 from asr.runtime.export_graph import GraphBuilder, check_speech
-from asr.runtime.folder import GRAPHS, LM_FOLDER, NEXT_WORD_FOLDER, PREDICTION_FILE
+from asr.runtime.folder import GRAPHS, LM_FOLDER, NEXT_WORD_FOLDER, PREDICTION_FILE, WEIGHTS_FILE
 from asr.runtime.onnx import OnnxOffline, open_graph
 from asr.runtime.quantise import quantise
 from asr.runtime.sherpa import build_sherpa_graph, read_as_sherpa, sherpa_tokens
-from asr.weights import WEIGHTS_FILE, save_small_weights
+from asr.weights import save_small_weights
 
 _EDGE = np.zeros(round(EDGE_SILENCE_SECONDS * SAMPLE_RATE), np.float32)
 _BLOCK_FRAMES = 4

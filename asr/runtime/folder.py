@@ -12,6 +12,7 @@ from asr.errors import ConfigError, ModelError
 FORMAT_VERSION = 1
 NETWORKS = ("offline", "streaming")
 PREDICTION_FILE = "prediction.npz"  # in the folder of a network with a transducer
+WEIGHTS_FILE = "weights.safetensors"
 GRAPHS = {"int8": "model.int8.onnx", "fp32": "model.onnx"}
 LM_FOLDER, LM_FILE, LM_LEXICON = "lm", "lm.npz", "lexicon.npz"
 _PRIORS = "priors.txt"  # of a network
@@ -79,14 +80,14 @@ def find_graph(network: Path, precision: str | None) -> Path:
     Raises:
         ModelError: it is not there; the message says how to make it.
     """
-    wanted = GRAPHS.values() if precision is None else [GRAPHS[precision]]
+    wanted = list(GRAPHS.values()) if precision is None else [GRAPHS[precision]]
     for name in wanted:
         if (network / name).is_file():
             return network / name
-    missing = " and ".join(wanted)
+    missing = " and ".join(wanted) + (" are" if len(wanted) > 1 else " is")
     present = [precision for precision, name in GRAPHS.items() if (network / name).is_file()]
     raise ModelError(
-        f"{network}: {missing} is missing"
+        f"{network}: {missing} missing"
         + (f" (it has {', '.join(present)})" if present else "")
         + f"; `asr export {network.parent} -o DIR --to model` makes a folder with every graph"
     )
@@ -163,8 +164,16 @@ def find_prediction(network: Path) -> Path:
 
 
 def best_decoding(path: str | Path | None) -> Literal["beam", "greedy"]:
-    """ "beam" for a model folder with a language model, "greedy" for one without; None is the shipped model."""
-    return "beam" if _language_model(shipped_model() if path is None else Path(path)) else "greedy"
+    """ "beam" for a model folder with a language model, "greedy" for one without; None is the shipped model.
+
+    Raises:
+        ModelError: its language model is incomplete.
+    """
+    folder = shipped_model() if path is None else Path(path)
+    if not (folder / LM_FOLDER).is_dir():
+        return "greedy"
+    find_language_model(folder)
+    return "beam"
 
 
 def _language_model(folder: Path) -> Path | None:
@@ -182,6 +191,6 @@ def find_language_model(path: str | Path | None) -> Path:
     if (file := _language_model(folder)) is not None:
         return file
     raise ModelError(
-        f"{folder}: beam search needs a language model, and {LM_FOLDER}/ is missing or incomplete; "
-        f"`asr train-lm TEXT --out {folder}` makes one"
+        f"{folder}: beam search needs a language model, and {LM_FOLDER}/ is missing or incomplete; copy the model's "
+        f"folder anew, or make one with `asr train-lm TEXT --out {folder}`; --decoding greedy goes without"
     )

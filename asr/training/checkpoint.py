@@ -15,8 +15,9 @@ from torch import Tensor
 from asr.errors import ModelError
 from asr.files import replacing_folder
 from asr.models import Network
+from asr.runtime.folder import WEIGHTS_FILE
 from asr.training.optimizer import Optimizer
-from asr.weights import WEIGHTS_FILE, read_weights
+from asr.weights import read_weights
 
 _KEPT = 2
 

@@ -17,6 +17,7 @@ from asr.decoding.transducer import TransducerSearch
 from asr.errors import AsrError, ConfigError, ModelError
 from asr.models import FORMAT_VERSION, Network, load_network
 from asr.nn.layer import valid
+from asr.runtime.folder import WEIGHTS_FILE
 from asr.text import Tokenizer
 from asr.training.checkpoint import average_weights, checkpoints, load_checkpoint, random_state
 from asr.training.crf import trigrams
@@ -29,7 +30,6 @@ from asr.training.shards import ShardDataset
 from asr.training.start import check_inputs, same_shape, take_weights
 from asr.training.step import Losses, choose_precision, ctc, learning_rate, rnnt
 from asr.training.teachers import Teachers
-from asr.weights import WEIGHTS_FILE
 
 _BAD_STEPS_IN_A_ROW = 20
 _CRF_PRIORS = 0.3  # of the phones' log-priors, that a search is to take off (docs/trials.md)
@@ -103,7 +103,9 @@ class Trainer:
         self.dev_loader = Loader(self.dev, config, hop, augment=False) if self.dev else None
         precision = choose_precision(config.training.precision, self.device)
         training = config.training
-        teachers = Teachers(config.teachers, self.network, self.device, precision) if config.teachers else None
+        teachers = None
+        if config.teachers and training.teacher_weight:
+            teachers = Teachers(config.teachers, self.network, self.device, precision)
         losses = Losses(
             self.network, training.phone_weight, training.alignment_weight, precision, training.transducer_weight,
             training.freeze_encoder, training.consistency_weight, training.crf_weight, self._phone_trigrams(),

@@ -14,6 +14,7 @@ from asr.config import FeatureConfig, TrainConfig, load_config
 from asr.errors import ConfigError
 from asr.models import Network, load_network
 from asr.nn import LookAhead
+from asr.runtime.folder import WEIGHTS_FILE
 from asr.training.checkpoint import checkpoints
 from asr.training.shards import ALIGNMENT_FILE, ShardDataset
 
@@ -89,7 +90,7 @@ def _check_unchanged(config: TrainConfig, run: Path) -> None:
     known = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     for name, fingerprint in fingerprints(config).items():
         if known.get(name, fingerprint) != fingerprint:
-            made = "aligned" if name.endswith(ALIGNMENT_FILE) else "prepared"
+            made = "aligned" if name.endswith(ALIGNMENT_FILE) else "trained" if name in config.teachers else "prepared"
             raise ConfigError(
                 f"{name}: was {made} anew since {run} was started with it, and now holds other data; "
                 "bring back what it held, or give another --out"
@@ -97,7 +98,7 @@ def _check_unchanged(config: TrainConfig, run: Path) -> None:
 
 
 def fingerprints(config: TrainConfig) -> dict[str, str]:
-    """A hash of the contents of each prepared folder that the training reads, by its name.
+    """A hash of the contents of each prepared folder, and teacher, that the training reads, by its name.
 
     It covers the order of the utterances, their texts and lengths, and the statistics of their features. Alignments
     have hashes of their own, where the training looks at them.
@@ -111,6 +112,8 @@ def fingerprints(config: TrainConfig) -> dict[str, str]:
         found[folder] = hashlib.sha256(json.dumps([rows, statistics]).encode()).hexdigest()
         if looks and folder in config.data.train:
             found[f"{folder}/{ALIGNMENT_FILE}"] = dataset.alignment_hash
+    for folder in config.teachers:
+        found[folder] = hashlib.sha256((Path(folder) / WEIGHTS_FILE).read_bytes()).hexdigest()
     return found
 
 

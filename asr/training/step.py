@@ -14,7 +14,7 @@ from asr.models import Network
 from asr.nn.transducer import Transducer
 from asr.training.crf import log_partition
 from asr.training.data import UNKNOWN, Batch, features_of
-from asr.training.teachers import Teachers, lesson
+from asr.training.teachers import Teachers, lesson, phones_beside
 
 
 class Losses(nn.Module):
@@ -96,9 +96,9 @@ class Losses(nn.Module):
         if views > 1:
             spread = divergence(log_probs, frames, batch.counts) / max(batch.token_count, 1)
             total = total + self.consistency_weight * spread
-        if said:
-            total = total + self.teacher_weight * self._lesson(said, log_probs, auxiliary, frames, batch)
         known = (batch.phone_lengths > 0).to(features.device)
+        if said:
+            total = total + self.teacher_weight * self._lesson(said, log_probs, auxiliary, frames, known, batch)
         for name in ("phones", "final phones"):
             if name in auxiliary and self.phone_weight:
                 phone_loss = ctc(auxiliary[name], counted, batch.phones, batch.phone_lengths, known)
@@ -115,17 +115,23 @@ class Losses(nn.Module):
         return total, loss.detach()
 
     def _lesson(
-        self, said: list[Tensor], log_probs: Tensor, auxiliary: dict[str, Tensor], frames: Tensor, batch: Batch
+        self,
+        said: list[Tensor],
+        log_probs: Tensor,
+        auxiliary: dict[str, Tensor],
+        frames: Tensor,
+        known: Tensor,
+        batch: Batch,
     ) -> Tensor:
-        """How far the network is from what its teachers say, by token, and by phone with the weight of phones."""
-        parts = [log_probs, *(auxiliary[name] for name in ("final phones",) if name in auxiliary)]
-        own = torch.cat([part.float() for part in parts], dim=-1)
+        """How far the network is from what its teachers say, by token, and by phone as phones are weighed."""
+        own = torch.cat([log_probs, *phones_beside(auxiliary)], dim=-1).float()
         heard = torch.arange(own.shape[1], device=own.device) < frames[:, None]
-        apart = F.kl_div(own, lesson(said, own, heard), reduction="none")
-        apart = torch.where((heard & batch.counts[:, None])[..., None], apart, 0.0).sum((0, 1))
-        tokens, phones = apart.split([log_probs.shape[-1], own.shape[-1] - log_probs.shape[-1]])
-        by_phone = self.phone_weight * phones.sum() / max(batch.phone_count, 1)
-        return tokens.sum() / max(batch.token_count, 1) + by_phone
+        apart = F.kl_div(own, lesson(said, own, frames), reduction="none")
+        apart = torch.where(heard[..., None], apart, 0.0).sum(1)  # (batch, labels)
+        tokens, phones = apart.split([log_probs.shape[-1], own.shape[-1] - log_probs.shape[-1]], dim=1)
+        by_token = torch.where(batch.counts, tokens.sum(1), 0.0).sum() / max(batch.token_count, 1)
+        by_phone = torch.where(known, phones.sum(1), 0.0).sum() / max(batch.phone_count, 1)
+        return by_token + self.phone_weight * by_phone
 
 
 def ctc(log_probs: Tensor, frames: Tensor, targets: Tensor, target_lengths: Tensor, counts: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ Hinton et al. 2015, "Distilling the knowledge in a neural network"; of several t
 from collections.abc import Sequence
 
 import torch
+import torch.distributed
 from torch import Tensor
-from torch.nn import functional as F
 
 from asr.errors import ConfigError
 from asr.models import Network, load_network
@@ -26,7 +26,7 @@ class Teachers:
         precision: see Losses.
 
     Raises:
-        ConfigError: one of them writes other tokens or phones, or frames of another length.
+        ConfigError: one of them has other tokens, phones, features, or frames of another length.
         ModelError: one cannot be read.
     """
 
@@ -35,10 +35,12 @@ class Teachers:
         self.networks: list[Network] = []
         for folder in folders:
             network = load_network(folder).to(device)
+            said = network.phones[: network.phone_count] if student.phone_count else ()
             for what, theirs, own in (
-                ("tokens", network.tokenizer.tokens, student.tokenizer.tokens),
-                ("phones at the output", network.phones[: network.phone_count], student.phones[: student.phone_count]),
+                ("[features]", network.config.features, student.config.features),
                 ("samples to a frame", network.stride, student.stride),
+                ("tokens", network.tokenizer.tokens, student.tokenizer.tokens),
+                ("phones at the output", said, student.phones[: student.phone_count]),
             ):
                 if theirs != own:
                     raise ConfigError(
@@ -50,42 +52,48 @@ class Teachers:
     @torch.no_grad()
     def say(self, batch: Batch) -> list[Tensor]:
         """The log-probabilities of tokens and phones by each, (batch, frames, tokens + phones), float32, unmasked."""
-        with torch.autocast(batch.audio.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return [_listen(network, batch) for network in self.networks]
+        said = []
+        for network in self.networks:
+            features = features_of(network, batch)
+            with torch.autocast(batch.audio.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                log_probs, _, auxiliary = network.read_features(*features)
+            said.append(torch.cat([log_probs, *phones_beside(auxiliary)], dim=-1).float())
+        return said
 
 
-def _listen(network: Network, batch: Batch) -> Tensor:
-    log_probs, _, auxiliary = network.read_features(*features_of(network, batch))
-    phones = [auxiliary["final phones"]] if network.phone_count else []
-    return torch.cat([log_probs, *phones], dim=-1).float()
+def phones_beside(auxiliary: dict[str, Tensor]) -> list[Tensor]:
+    """What comes behind the tokens: the log-probabilities of the final phones, where a network writes them."""
+    return [auxiliary["final phones"]] if "final phones" in auxiliary else []
 
 
 @torch.no_grad()
-def lesson(said: Sequence[Tensor], student: Tensor, heard: Tensor) -> Tensor:
+def lesson(said: Sequence[Tensor], student: Tensor, frames: Tensor) -> Tensor:
     """The mean of what teachers say, each moved by the frames that bring it nearest to the student in this batch.
 
-    CTC does not say when in a sound its label comes, and who sees less of what follows writes it later.
+    CTC does not say when in a sound its label comes, and who sees less of what follows writes it later. Of several
+    workers each has a part of the batch; they find one move together.
 
     Args:
-        said: log-probabilities of each teacher, (batch, frames, labels).
-        student: its own.
-        heard: (batch, frames) bool: not padding.
+        said: log-probabilities of each teacher, (batch, time, labels) or more, of which the first are the student's.
+        student: its own, (batch, time, labels).
+        frames: (batch,), of each row.
 
     Returns:
-        Probabilities, (batch, frames, labels).
+        Probabilities, (batch, time, labels); at the borders of a row the first and the last are repeated.
     """
-    student, inside = student.float(), heard[..., None].float()
-    mean = torch.zeros_like(student)
+    time = torch.arange(student.shape[1], device=student.device)
+    own = torch.where((time < frames[:, None])[..., None], student.float(), 0.0)
+    last = (frames - 1).clamp(min=0)[:, None]
+
+    def later(x: Tensor, by: int | Tensor) -> Tensor:
+        at = torch.minimum((time - by).clamp(min=0).expand(len(x), -1), last)
+        return x.gather(1, at[..., None].expand_as(x))
+
+    mean = torch.zeros_like(own)
     for log_probs in said:
-        moved = [_later(log_probs.exp(), frames) for frames in range(-_FARTHEST, _FARTHEST + 1)]
-        agreement = torch.stack([(each * student * inside).sum() for each in moved])
-        # without a look at the value, for which a GPU would have to be waited for
-        nearest = F.one_hot(agreement.argmax(), len(moved)).to(student.dtype)
-        mean += sum(share * each for share, each in zip(nearest, moved, strict=True))
+        probs = log_probs[..., : own.shape[-1]].exp()
+        agreement = torch.stack([(later(probs, by) * own).sum() for by in range(-_FARTHEST, _FARTHEST + 1)])
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(agreement)
+        mean += later(probs, agreement.argmax() - _FARTHEST)  # a tensor: on a GPU nobody waits for its value
     return mean / len(said)
-
-
-def _later(x: Tensor, frames: int) -> Tensor:
-    """The same, so many frames later: (batch, time, labels); at its borders the first and the last are repeated."""
-    time = x.shape[1]
-    return x[:, (torch.arange(time, device=x.device) - frames).clamp(0, time - 1)]

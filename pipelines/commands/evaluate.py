@@ -129,6 +129,10 @@ def evaluate(
         raise typer.BadParameter("--rule: rows are cut only with --endpoint, --two-pass or --latency")
     if against and not latency:
         raise typer.BadParameter("--against: only with --latency")
+    from pipelines.formats import check_writable
+
+    for written in filter(None, (json_file, report_file)):
+        check_writable(written)
     search = {"beam": beam, "lm_weight": lm_weight, "word_score": word_score, "hot_words": hot_words}
     if against and decoding is None:  # one for all of them
         from asr.runtime.folder import best_decoding

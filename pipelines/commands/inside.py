@@ -48,7 +48,9 @@ def inspect(
     from pipelines.inspect import inspect as run
 
     models = list(compare) if compare else [model]
-    run(audio, output or [Path("report.html")], models, streaming, layer=layer, start=start, duration=duration)
+    outputs = output or [Path("report.html")]
+    run(audio, outputs, models, streaming, layer=layer, start=start, duration=duration)
+    tell(f"written: {', '.join(map(str, outputs))}")
 
 
 @app.command(rich_help_panel=INSIDE)

@@ -44,7 +44,8 @@ def transcribe(
         list[Path],
         typer.Argument(
             help="Recordings, folders that are searched for them, and manifests (x.jsonl ...); - alone: a recording "
-            "from standard input."
+            "from standard input.",
+            readable=False,  # what cannot be read is named, and the rest goes on
         ),
     ],
     format: Annotated[Format, typer.Option("--format", "-f", help="What to write.")] = "txt",
@@ -87,7 +88,7 @@ def transcribe(
     options = recognizer_options(model, decoding, engine, precision, threads, rule, **search)
     if nbest is not None and format != "json":
         raise typer.BadParameter("--nbest: alternatives are written with --format json")
-    from pipelines.formats import JOINABLE, write_text
+    from pipelines.formats import JOINABLE, check_writable, write_text
     from pipelines.predictions import is_manifest
     from pipelines.transcribe import transcribe as run
 
@@ -100,6 +101,8 @@ def transcribe(
     piped = Path("-") in audio
     if piped and (len(audio) > 1 or output_dir is not None or address is not None):
         raise typer.BadParameter("-: a recording from standard input comes alone; not with --output-dir or --address")
+    if output_dir is not None:
+        check_writable(output_dir / "skipped.jsonl")
     network = network_name(model, streaming)
     problems: list[Problem] = []
     done = kept = 0
@@ -122,8 +125,8 @@ def transcribe(
                 kept += 1
             else:
                 done += 1
-                if output_dir is None:
-                    print(result.text, end="", flush=True)
+            if output_dir is None:  # of a row that cannot be read the reason, in its place
+                print(result.text, end="", flush=True)
     if output_dir is not None and problems:
         lines = [json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems]
         write_text(output_dir / "skipped.jsonl", "".join(lines))
