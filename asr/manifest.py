@@ -225,7 +225,7 @@ def _read_recordings(folder: Path) -> Iterator[_Row | Problem]:
             elif path.suffix.lower() == ".txt":
                 texts[path.with_suffix("")] = path
     if not recordings:
-        raise ManifestError(f"{folder}: not a manifest; give {_FORMATS}")
+        raise ManifestError(f"{folder}: holds neither a manifest nor recordings; give {_FORMATS}")
     # without any text it is noise, or speech to be recognized
     with_texts = any(recording.with_suffix("") in texts for recording in recordings)
     for recording in recordings:

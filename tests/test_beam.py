@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -328,12 +327,9 @@ def both(letters: str, said: str, probability: float = 0.6) -> np.ndarray:
     return np.concatenate([values, phones], axis=1)
 
 
-ALL_SAID = [*SAID, ("be", "B IY")]  # of each word of SAID_LINES
-
-
-def phone_search(said: Sequence[tuple[str, str]] = SAID, **settings: Any) -> BeamSearch:
+def phone_search(said: Sequence[tuple[str, str]] = SAID, **settings: float) -> BeamSearch:
     model = estimate(SAID_LINES, order=2)
-    config = BeamConfig(**{"lm_weight": 0.3, "word_score": 0.5, **settings})
+    config = BeamConfig(**{"lm_weight": 0.3, "word_score": 0.5, **settings})  # type: ignore[arg-type]
     return BeamSearch(
         Automaton(model), model.lexicon, (*TOKENS, "w"), config, PHONES, Pronunciations.of(said, model.lexicon)
     )
@@ -364,30 +360,11 @@ def test_a_word_without_pronunciation_is_still_found_by_its_letters() -> None:
     assert text(decoder.finish()[0].tokens, (*TOKENS, "w")) == "to be"  # "be" is not in SAID
 
 
-def test_the_search_by_letters_finds_texts_only_where_a_word_cannot_be_said() -> None:
-    heard = both("to be_____", "T UW _ B _ IY _ _ _ _", 0.8)
-    for search, by_letters in (
-        (phone_search(), True),  # "be" is not in SAID
-        (phone_search(ALL_SAID), False),
-        (phone_search(ALL_SAID, hot_words={"tote": 5.0}), True),
-    ):
-        assert (0 in search.decide) == by_letters
-        decoder, asked = search(), search()
-        decoder.accept(heard)
-        for frame in heard:
-            asked.accept(frame[None])
-            assert asked.tokens() == asked.copy().tokens()
-        assert text(asked.tokens(), (*TOKENS, "w")).startswith("to b")
-        assert asked.finish() == decoder.finish()
-        assert search().finish()[0].tokens == ()
-
-
-@pytest.mark.parametrize("said", [SAID, ALL_SAID])
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 200), cuts=st.lists(st.integers(0, 30), max_size=6))
-def test_phones_in_any_blocks_give_one_text(said: list[tuple[str, str]], seed: int, cuts: list[int]) -> None:
+def test_phones_in_any_blocks_give_one_text(seed: int, cuts: list[int]) -> None:
     # Noise is full of "to two two" and "two to two", between which a search chooses by chance; speech is not.
-    search = phone_search([pair for pair in said if pair[0] != "two"])
+    search = phone_search([pair for pair in SAID if pair[0] != "two"])
     letters, phones = random_frames(seed, 30, len(TOKENS) + 1), random_frames(seed + 1, 30, len(PHONES))
     log_probs = np.concatenate([letters, phones], axis=1)
     whole, parts = search(), search()

@@ -1,7 +1,7 @@
 """Beam search: the words of a lexicon that the network and an n-gram language model together find likeliest.
 
-A network that writes phones beside its tokens is searched by the words' pronunciations; where a word has none, by their
-letters as well. What is found is weighed by both, and by a next-word model where there is one.
+A network that writes phones beside its tokens is read twice, by their pronunciations and by their letters. What either
+search finds is weighed by both, as each hears words that the other misses, and by a next-word model where there is one.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from asr.decoding import Best, Hypothesis, TokenSpan
 from asr.decoding.ctc import align, log_likelihoods
 from asr.decoding.hot_words import check_hot_words
 from asr.decoding.language_model import Automaton, Scorer
-from asr.decoding.lexicon_search import BLANK, IMPOSSIBLE, Found, Lexicon, Running, Tree, ranges, tree_of
+from asr.decoding.lexicon_search import BLANK, IMPOSSIBLE, Lexicon, Running, Tree, ranges, tree_of
 from asr.decoding.next_word import UNKNOWN_ID, TextScorer
 from asr.errors import ConfigError, ModelError
 from asr.lexicon import Pronunciations
@@ -32,7 +32,7 @@ _LOOKBACK_FRAMES = 250
 _BY_PHONES = (0.87, -0.5)
 _SHARPNESS = 0.3  # of the probabilities that scores stand for: as they are, the best text would be all but certain
 _HEARD = 0.1  # exponent of the tokens' probabilities in a word's confidence: many right words were hardly heard
-# Beside a search by phones, that by letters finds words without a pronunciation, and shows what is said meanwhile.
+# Beside a search by phones, that by letters finds next to nothing more: it shows what is said meanwhile.
 _LETTERS_SHARE = 8  # of the hypotheses, one in so many then
 _LETTERS_CANDIDATES = 5
 _CANDIDATES = 20  # of each search, that are weighed by tokens and phones
@@ -40,7 +40,6 @@ _CANDIDATES = 20  # of each search, that are weighed by tokens and phones
 _PHONES_PER_LETTER, _ANY_PHONE = 0.85, -1.0
 _SILENCE = 4.0  # natural log: a text must be so much likelier than that nobody spoke; noises sound like short words
 _NO_WORD = -1
-_BY_TOKENS = 0  # the first of the searches
 _WAYS = 4  # of a text's pronunciations, that are tried
 
 
@@ -189,8 +188,6 @@ class BeamSearch:
             settings = config.lm_weight * _BY_PHONES[0], config.word_score + _BY_PHONES[1]
             self._lexicons.append(Lexicon(ways, scores, columns, None, config.beam, *settings))
         self.weighs = bool(self._said or self._next_word)  # what the searches find
-        # Where all words can be said, that by letters finds no better texts: it is left to show what is said meanwhile.
-        self.decide = [1] if self._said and self._said.covers(len(spelled)) else list(range(len(self._lexicons)))
         self._plain = Scorer(ngrams, called, {})
         self._scorer = Scorer(ngrams, called, {tuple(numbers[w] for w in phrase): b for phrase, b in hot.items()})
 
@@ -198,7 +195,7 @@ class BeamSearch:
         return BeamDecoder(self)
 
     def start(self) -> list[Running]:
-        """The searches at the start of a segment, that by tokens first; those that `decide` find the text."""
+        """The searches at the start of a segment, that by tokens first."""
         return [Running(lexicon, self._scorer) for lexicon in self._lexicons]
 
     def weigh(self, log_probs: np.ndarray, texts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
@@ -287,10 +284,6 @@ class _Said:
         self._order = np.argsort(self.words, kind="stable")
         self._sorted = self.words[self._order]
 
-    def covers(self, words: int) -> bool:
-        """Whether there is a way to say each of so many words."""
-        return bool(np.bincount(self.words, minlength=words).all())
-
     def of(self, word: int) -> list[list[int]]:
         """The ways to say a word; none, where none is known."""
         found = self._order[slice(*np.searchsorted(self._sorted, (word, word + 1)))]
@@ -322,18 +315,19 @@ class BeamDecoder:
         self._first = 0  # the first frame that is not committed
         self._blocks: list[np.ndarray] = []  # the frames from there on
         self._frames = 0  # in the blocks
-        # Searches, and how many of the blocks each has read; None until they are needed.
-        self._running: list[tuple[Running, int]] | None = None
+        # Searches that have read the blocks; None until they are needed.
+        self._running: list[Running] | None = None
 
     def accept(self, log_probs: np.ndarray, best: Best | None = None) -> None:
         """Take the next frames, (frames, tokens + phones), also none; the best ones alone do not help here."""
         while len(log_probs):
             block = np.array(log_probs[: _COMMIT_FRAMES - self._frames], np.float32, order="C")
             log_probs = log_probs[len(block) :]
+            scaled = block + self._search.offsets
+            for running in self._search_so_far():
+                running.read(scaled)
             self._blocks.append(block)
             self._frames += len(block)
-            for which in self._search.decide:
-                self._searched(which)
             if self._frames == _COMMIT_FRAMES:
                 self._commit()
 
@@ -343,17 +337,15 @@ class BeamDecoder:
 
     def finish(self) -> list[Hypothesis]:
         """End the segment: whole words only; the best hypothesis first, at least one."""
-        searches = [(which == _BY_TOKENS, self._searched(which)) for which in self._search.decide]
+        by_tokens, *by_phones = self._search_so_far()
         self._running = None
         # The last word has no space after it. One more frame, in which a space costs as little as none.
         end = np.full((1, self._search.vocab_size), IMPOSSIBLE, np.float32)
         end[0, [BLANK, self._search.space]] = 0.0
-        for by_tokens, running in searches:
-            if by_tokens:
-                running.read(end)
+        by_tokens.read(end)
         nbest = self._search.config.nbest
         if not self._frames:
-            return [Hypothesis(tuple(self.written), found.score) for found in searches[0][1].finish(nbest)]
+            return [Hypothesis(tuple(self.written), found.score) for found in by_tokens.finish(nbest)]
         log_probs = np.concatenate(self._blocks)
         if not self._search.weighs:
             letters = log_probs[:, : self._search.vocab_size]
@@ -361,11 +353,10 @@ class BeamDecoder:
                 Hypothesis(
                     (*self.written, *self._later(align(letters, self._search.spelling(found.words)))), found.score
                 )
-                for found in searches[0][1].finish(nbest)
+                for found in by_tokens.finish(nbest)
             ]
-        found: list[Found] = []
-        for by_tokens, running in searches:
-            found += running.finish(_LETTERS_CANDIDATES if by_tokens and len(searches) > 1 else _CANDIDATES)
+        found = by_tokens.finish(_LETTERS_CANDIDATES if by_phones else _CANDIDATES)
+        found += (f for running in by_phones for f in running.finish(_CANDIDATES))
         weighed = self._search.weigh(log_probs + self._search.offsets, sorted({(), *(f.words for f in found)}))
         weighed[()] += _SILENCE
         possible = sorted((words for words in weighed if weighed[words] > -np.inf), key=lambda words: -weighed[words])
@@ -377,7 +368,7 @@ class BeamDecoder:
     def copy(self) -> "BeamDecoder":
         """The decoder as it stands now: the two go separate ways."""
         other = BeamDecoder(self._search)
-        running = None if self._running is None else [(search.copy(), read) for search, read in self._running]
+        running = None if self._running is None else [search.copy() for search in self._running]
         copied = {"written": self.written.copy(), "_blocks": self._blocks.copy(), "_running": running}
         other.__dict__.update(self.__dict__ | copied)
         return other
@@ -400,19 +391,17 @@ class BeamDecoder:
         first = self._first
         return [TokenSpan(s.token, first + s.start_frame, first + s.end_frame, s.confidence) for s in spans]
 
-    def _searched(self, which: int) -> Running:
-        """A search that has read all blocks."""
+    def _search_so_far(self) -> list[Running]:
         if self._running is None:
-            self._running = [(running, 0) for running in self._search.start()]
-        running, read = self._running[which]
-        for block in self._blocks[read:]:
-            running.read(block + self._search.offsets)
-        self._running[which] = running, len(self._blocks)
-        return running
+            self._running = self._search.start()
+            for running in self._running:
+                for block in self._blocks:
+                    running.read(block + self._search.offsets)
+        return self._running
 
     def pending(self) -> list[TokenSpan]:
         """The best tokens that are not committed; the last word may be unfinished."""
-        return self._spans(self._searched(_BY_TOKENS).best())
+        return self._spans(self._search_so_far()[0].best())
 
     def _spans(self, labels: np.ndarray) -> list[TokenSpan]:
         """The tokens of a path, which has a label for each frame."""

@@ -107,8 +107,10 @@ def evaluate(
 
     docs/accuracy.md explains the page and the other measurements.
     """
-    if calibrate and (model is None or latency or two_pass):
-        raise typer.BadParameter("--calibrate: of one network of --model MODEL; not with --latency or --two-pass")
+    if calibrate and model is None:
+        raise typer.BadParameter("--calibrate: what is fitted is kept in a model's folder; name it with --model")
+    if calibrate and (latency or two_pass):
+        raise typer.BadParameter("--calibrate: of one network; not with --latency or --two-pass")
     if latency + times + conditions > 1:
         raise typer.BadParameter("--times, --latency and --conditions are measurements of their own: one at a time")
     if calibrate and conditions:
@@ -232,6 +234,8 @@ def _times(
             count = figures[f"{name}s"]
             print(f"{name:<6}{count:>6}   median error {middle:4.0f} ms   95th percentile {late:4.0f} ms")
     print(f"{found.recordings} recordings; of the others, other words were recognized at the border")
+    if not found.recordings:
+        tell("no times to compare: --times wants recordings of a word or a few, all of which are recognized")
     if calibrate:
         fitted = fit_times(found)
         _keep(options, network, start_shift=fitted.start_shift, end_shift=fitted.end_shift, reach=fitted.reach)
