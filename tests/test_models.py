@@ -217,9 +217,10 @@ def test_a_small_model_holds_each_matrix_once(bidirectional: bool, tmp_path: Pat
     x, lengths = audio(8_000), torch.full((3,), 8_000)
     exact, rounded = load_network(tmp_path / "a" / kind), load_network(folder)
     for name, value in exact.state_dict().items():
-        assert float((value - rounded.state_dict()[name]).abs().max()) <= float(value.abs().max()) / 120, name
+        steps = 125 if "weight_ih" in name or "weight_hh" in name else 250  # of 7 bits and of 8
+        assert float((value - rounded.state_dict()[name]).abs().max()) <= float(value.abs().max()) / steps, name
     with torch.no_grad():
-        assert float((exact(x, lengths)[0] - rounded(x, lengths)[0]).abs().max()) < 0.4
+        assert float((exact(x, lengths)[0] - rounded(x, lengths)[0]).abs().max()) < 0.2
     # what is small already loses nothing more when it is made so again
     export_model([tmp_path / "small"], tmp_path / "again", small=True)
     for name, value in load_network(tmp_path / "again" / kind).state_dict().items():

@@ -338,7 +338,8 @@ def test_weights_that_were_saved_small_are_averaged_as_what_they_stand_for(tmp_p
     mean = average_weights([small, whole])
     for name, value in load_network(made).state_dict().items():
         if not name.startswith("state_output."):  # which no small one has
-            assert float((mean[name] - value).abs().max()) <= float(value.abs().max()) / 200, name
+            steps = 250 if "weight_ih" in name or "weight_hh" in name else 400  # 7 bits or 8, half of it
+            assert float((mean[name] - value).abs().max()) <= float(value.abs().max()) / steps, name
 
 
 def test_the_tuning_data_is_scored_every_so_many_epochs_and_at_the_end(tmp_path: Path) -> None:

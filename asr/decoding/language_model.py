@@ -12,7 +12,7 @@ from asr.decoding.hot_words import Phrases
 from asr.decoding.ngram import END, LOG10, START, UNKNOWN, Grams, NgramModel
 from asr.decoding.ngram_files import read_ngrams
 
-_ODD = np.uint64(0x9E3779B97F4A7C15)  # spreads keys over the places of a filter (Knuth's multiplicative hashing)
+_ODD = np.uint64(0x9E3779B97F4A7C15)  # 2 ** 64 divided by the golden ratio (Knuth's multiplicative hashing)
 _FILTER_BITS = 12  # to a key, at the least: of keys that are not there one in twelve has to be looked for
 
 
@@ -75,16 +75,10 @@ class Arcs:
     """
 
     def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
-        (
-            self._backoff,
-            self._lower,
-            self._unigrams,
-            self._after,
-            self._keys,
-            self._scores,
-            self._targets,
-            self._filter,
-        ) = (arrays[name] for name in ("backoff", "lower", "unigrams", "after", "keys", "scores", "targets", "filter"))
+        self._backoff, self._lower = arrays["backoff"], arrays["lower"]  # of each state
+        self._unigrams, self._after = arrays["unigrams"], arrays["after"]  # of each word
+        self._keys, self._scores, self._targets = arrays["keys"], arrays["scores"], arrays["targets"]  # of each arc
+        self._filter = arrays["filter"]
         self._words = len(self._unigrams)
         self.start, self.end = arrays["sentence"].tolist()
 
@@ -138,7 +132,12 @@ def _may_hold(filter_: np.ndarray, keys: np.ndarray) -> np.ndarray:
 
 
 def _bit(keys: np.ndarray, bits: int) -> np.ndarray:
-    return ((keys.view(np.uint64) * _ODD) >> np.uint64(64 - bits)).view(np.int64)
+    return (spread(keys) >> np.uint64(64 - bits)).view(np.int64)
+
+
+def spread(numbers: np.ndarray) -> np.ndarray:
+    """Numbers, int64, as others, uint64, that are spread over all that there are: no two become one."""
+    return numbers.view(np.uint64) * _ODD
 
 
 def _arcs(model: NgramModel) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from asr.decoding.language_model import Scorer
+from asr.decoding.language_model import Scorer, spread
 
 BLANK = 0
 IMPOSSIBLE = -1e4  # instead of minus infinity, where a pronunciation has more phones than there are frames
@@ -21,7 +21,6 @@ LIKELIEST = 10  # labels that are tried at a frame: a third of the work, and no 
 SURPRISE = 2.0  # base 10: words that would be dropped though a context made them so much likelier are not looked up
 _NONE = -1
 _KEY_BITS = 63
-_ODD = np.uint64(0x9E3779B97F4A7C15)  # spreads the numbers of texts over all that there are
 
 Tree = Mapping[str, np.ndarray]  # see tree_of
 
@@ -64,10 +63,10 @@ class Lexicon:
 
     def keys(self, states: np.ndarray, nodes: np.ndarray, labels: np.ndarray, bits: int) -> np.ndarray:
         """Numbers below 2 ** bits that are equal where all three, (n,) each, are."""
-        size = len(self.label) * (self.columns.stop - self.columns.start)
-        if int(states.max()) >= (1 << bits) // size - 1:
+        all_nodes, all_labels = len(self.label), self.columns.stop - self.columns.start
+        if int(states.max()) >= (1 << bits) // (all_nodes * all_labels) - 1:
             states = np.unique(states, return_inverse=True)[1].reshape(-1)
-        return (states * len(self.label) + nodes) * (self.columns.stop - self.columns.start) + labels
+        return (states * all_nodes + nodes) * all_labels + labels
 
 
 def tree_of(labels: np.ndarray, lengths: np.ndarray, words: np.ndarray, scores: np.ndarray) -> Tree:
@@ -314,5 +313,5 @@ def ranges(first: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 def _longer(texts: np.ndarray, words: np.ndarray) -> np.ndarray:
     """The numbers of texts with one more word, int64: two texts have one number by a chance of 2 ** -64."""
-    mixed = (texts + words + 1).view(np.uint64) * _ODD
+    mixed = spread(texts + words + 1)
     return (mixed ^ (mixed >> np.uint64(32))).view(np.int64)

@@ -223,10 +223,11 @@ def _write_model(
 ) -> Path:
     with replacing_folder(out) as temporary:
         for kind, folder in networks.items():
-            save_network(load_network(folder), temporary / kind)
+            network = load_network(folder)
+            save_network(network, temporary / kind)
             write_graphs(temporary / kind, precisions=("int8",) if small else ("fp32", "int8"), speech=speech)
             if small:
-                _make_small(temporary / kind)
+                _make_small(network, temporary / kind)
             if (folder / CALIBRATION_FILE).is_file():
                 shutil.copy(folder / CALIBRATION_FILE, temporary / kind)
         for name, folder in language_models.items():
@@ -237,12 +238,11 @@ def _write_model(
     return out
 
 
-def _make_small(folder: Path) -> None:
-    """Leave of a network's weights what its int8 graph lacks, in 8 bits, and a transducer for use in float16.
+def _make_small(network: Network, folder: Path) -> None:
+    """Leave of a network's weights in a folder what its int8 graph lacks, in 8 bits, and of a transducer float16.
 
     The output of phone states, which is new in every training, goes.
     """
-    network = load_network(folder)
     recurrent = range(network.first_recurrent, network.first_recurrent + network.config.model.layers)
     in_graph: list[str] = []
     if all(isinstance(network.layers[i], LSTM | BiLSTM) for i in recurrent):
