@@ -5,15 +5,16 @@ The body is traced from the cell's own `inside`: what torch runs frame by frame 
 
 import operator
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from onnx import GraphProto, NodeProto, TensorProto, helper
+from onnx import GraphProto, TensorProto, helper
 from torch import Tensor, fx, nn
 
 from asr.errors import ModelError
 from asr.nn.cells import Cell, CoupledCell, ElmanCell, GRUCell, LSTMCell, NormalisedCell, PeepholeCell
 from asr.nn.stack import Recurrent
+from asr.runtime.graph import Graph
 
 _OPERATORS = {
     operator.add: "Add", operator.sub: "Sub", operator.mul: "Mul", operator.truediv: "Div",
@@ -25,28 +26,14 @@ class _Tracer(fx.Tracer):
     traced_func_name = "inside"
 
 
-class Builder(Protocol):
-    """What collects nodes and constants (asr.runtime.export_graph)."""
-
-    nodes: list[NodeProto]
-    named: int
-    row_frames: str
-
-    def op(self, kind: str, *inputs: str, name: str | None = None, outputs: int = 1, **attributes: Any) -> str: ...
-    def constant(self, value: Any) -> str: ...
-    def ints(self, values: list[int]) -> str: ...
-    def linear(self, layer: nn.Linear, x: str) -> str: ...
-    def layer_norm(self, norm: nn.LayerNorm, x: str) -> str: ...
-
-
-def run_cell(build: Builder, layer: Recurrent, x: str, state: Sequence[str]) -> tuple[str, list[str]]:
+def run_cell(graph: Graph, layer: Recurrent, x: str, state: Sequence[str]) -> tuple[str, list[str]]:
     """Add a cell run over x (time, batch, size) from a state; gives the names of h over time and of the last state.
 
     Raises:
         ModelError: the cell does something that has no translation to ONNX; the message names both.
     """
     native = None if layer.zoneout else _native(layer.cell)
-    return _scan(build, layer, x, state) if native is None else _add_native(build, layer, x, state, *native)
+    return _scan(graph, layer, x, state) if native is None else _add_native(graph, layer, x, state, *native)
 
 
 def _native(cell: Cell) -> tuple[str, list[Tensor], dict[str, Any]] | None:
@@ -78,59 +65,59 @@ def _native(cell: Cell) -> tuple[str, list[Tensor], dict[str, Any]] | None:
 
 
 def _add_native(
-    build: Builder, layer: Recurrent, x: str, state: Sequence[str], kind: str, weights: list[Tensor],
+    graph: Graph, layer: Recurrent, x: str, state: Sequence[str], kind: str, weights: list[Tensor],
     attributes: dict[str, Any],
 ) -> tuple[str, list[str]]:  # fmt: skip
-    first, direction = build.ints([0]), build.ints([1])
-    starts = [build.op("Unsqueeze", s, first) for s in state]
-    w, u, b, *peepholes = (build.constant(weight[None]) for weight in weights)
-    y = build.op(
-        kind, x, w, u, b, build.row_frames, *starts, *peepholes,
+    first, direction = graph.ints([0]), graph.ints([1])
+    starts = [graph.op("Unsqueeze", s, first) for s in state]
+    w, u, b, *peepholes = (graph.constant(weight[None]) for weight in weights)
+    y = graph.op(
+        kind, x, w, u, b, graph.row_frames, *starts, *peepholes,
         outputs=1 + len(state), hidden_size=layer.cell.size, **attributes,
     )  # fmt: skip
-    last = [build.op("Squeeze", f"{y}_{i}", first) for i in range(1, 1 + len(state))]
-    return build.op("Squeeze", y, direction), last
+    last = [graph.op("Squeeze", f"{y}_{i}", first) for i in range(1, 1 + len(state))]
+    return graph.op("Squeeze", y, direction), last
 
 
-def _scan(build: Builder, layer: Recurrent, x: str, state: Sequence[str]) -> tuple[str, list[str]]:
+def _scan(graph: Graph, layer: Recurrent, x: str, state: Sequence[str]) -> tuple[str, list[str]]:
     cell = layer.cell
-    if build.row_frames:
+    if graph.row_frames:
         raise ModelError(f"a {type(cell).__name__} runs as a Scan, whose rows cannot have different numbers of frames")
-    wx = build.op("MatMul", x, build.constant(cell.w.weight.T))
+    wx = graph.op("MatMul", x, graph.constant(cell.w.weight.T))
     if isinstance(cell, NormalisedCell):
-        wx = build.layer_norm(cell.norm_w, wx)
-    wx = build.op("Add", wx, build.constant(cell.w.bias))
-    body = _body(build, layer)
-    y = build.op("Scan", *state, wx, outputs=len(state) + 1, num_scan_inputs=1, body=body)
+        wx = graph.layer_norm(cell.norm_w, wx)
+    wx = graph.op("Add", wx, graph.constant(cell.w.bias))
+    body = _body(graph, layer)
+    y = graph.op("Scan", *state, wx, outputs=len(state) + 1, num_scan_inputs=1, body=body)
     last = [y, *(f"{y}_{i}" for i in range(1, len(state)))]
     return f"{y}_{len(state)}", last
 
 
-def _body(build: Builder, layer: Recurrent) -> GraphProto:
+def _body(graph: Graph, layer: Recurrent) -> GraphProto:
     """The graph of one frame: the cell's state and one frame's projection -> the new state and h."""
-    outside, build.nodes = build.nodes, []
+    outside, graph.nodes = graph.nodes, []
     try:
-        inputs, outputs = _add_step(build, layer)
-        h = build.op("Identity", outputs[0])
+        inputs, outputs = _add_step(graph, layer)
+        h = graph.op("Identity", outputs[0])
         infos = [
             [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
             for names in ([*inputs[1:], inputs[0]], [*outputs, h])
         ]
-        return helper.make_graph(build.nodes, "step", infos[0], infos[1])
+        return helper.make_graph(graph.nodes, "step", infos[0], infos[1])
     finally:
-        build.nodes = outside
+        graph.nodes = outside
 
 
-def _add_step(build: Builder, layer: Recurrent) -> tuple[list[str], list[str]]:
+def _add_step(graph: Graph, layer: Recurrent) -> tuple[list[str], list[str]]:
     """Add the nodes of one frame; gives the names of W x_t + b and the state, and of the new state."""
-    cell, prefix = layer.cell, f"step_{build.named}"
+    cell, prefix = layer.cell, f"step_{graph.named}"
     names: dict[fx.Node, Any] = {}  # the name of each value; of chunks, a list of them
     inputs: list[str] = []
 
     def name(value: Any) -> str:
         if isinstance(value, fx.Node):
             return names[value]
-        return build.constant(torch.tensor(float(value)))
+        return graph.constant(torch.tensor(float(value)))
 
     for node in _Tracer().trace(cell).nodes:
         args: tuple[Any, ...] = node.args
@@ -138,30 +125,30 @@ def _add_step(build: Builder, layer: Recurrent) -> tuple[list[str], list[str]]:
             names[node] = f"{prefix}_{node.name}"
             inputs.append(names[node])
         elif node.op == "get_attr":
-            names[node] = build.constant(getattr(cell, str(node.target)))
+            names[node] = graph.constant(getattr(cell, str(node.target)))
         elif node.op == "call_module" and isinstance(module := cell.get_submodule(str(node.target)), nn.Linear):
-            names[node] = build.linear(module, name(args[0]))
+            names[node] = graph.linear(module, name(args[0]))
         elif node.op == "call_module" and isinstance(module, nn.LayerNorm):
-            names[node] = build.layer_norm(module, name(args[0]))
+            names[node] = graph.layer_norm(module, name(args[0]))
         elif node.op == "call_method" and node.target == "chunk":
             x, count, axis = args
-            first = build.op("Split", name(x), outputs=count, axis=axis, num_outputs=count)
+            first = graph.op("Split", name(x), outputs=count, axis=axis, num_outputs=count)
             names[node] = [first, *(f"{first}_{i}" for i in range(1, count))]
         elif node.target is operator.getitem:
             chunks, index = args
             names[node] = names[chunks][index]
         elif node.target in _OPERATORS:
-            names[node] = build.op(_OPERATORS[node.target], *map(name, args))
+            names[node] = graph.op(_OPERATORS[node.target], *map(name, args))
         elif node.op == "output":
             new = [name(args[0][part]) for part in cell.state]
-            return inputs, [_zone_out(build, layer.zoneout, *pair) for pair in zip(inputs[1:], new, strict=True)]
+            return inputs, [_zone_out(graph, layer.zoneout, *pair) for pair in zip(inputs[1:], new, strict=True)]
         else:
             raise ModelError(f"a {type(cell).__name__} cannot be exported: {node.target} has no translation to ONNX")
     raise AssertionError("a traced graph ends with its output")
 
 
-def _zone_out(build: Builder, share: float, old: str, new: str) -> str:
+def _zone_out(graph: Graph, share: float, old: str, new: str) -> str:
     if not share:
         return new
-    kept = build.op("Mul", old, build.constant(torch.tensor(share)))
-    return build.op("Add", kept, build.op("Mul", new, build.constant(torch.tensor(1 - share))))
+    kept = graph.op("Mul", old, graph.constant(torch.tensor(share)))
+    return graph.op("Add", kept, graph.op("Mul", new, graph.constant(torch.tensor(1 - share))))

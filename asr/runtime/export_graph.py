@@ -10,7 +10,6 @@ import math
 import wave
 from functools import singledispatchmethod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -35,18 +34,15 @@ from asr.nn.attention import SelfAttention
 from asr.nn.convolution import LARGEST_RISE, LEVEL_ABOVE_MEAN, MEMORY_FRAMES, NO_POWER, RUNNING_LEVEL_ABOVE_MEAN
 from asr.nn.stack import Bidirectional, Recurrent, Stacked
 from asr.runtime.export_cells import run_cell
+from asr.runtime.graph import INT_MAX, WEIGHTS, Graph
 
 _OPSET = 20
-WEIGHTS = "weights"  # how the names of matrices begin that are not an LSTM's
-_INT_MAX = np.iinfo(np.int64).max
-# Standard deviations to which normalised values reach, but for one in some ten thousand: after a convolution and ReLU,
-# and after layer normalisation, each counted for the channel with the largest weight.
-_RELU_DEVIATIONS, _DEVIATIONS = 5.0, 3.0
+_RELU_DEVIATIONS = 5.0  # standard deviations that what leaves a convolution and ReLU nearly always lies within
 _SPEECH = Path(__file__).with_name("check.wav")  # a sentence, by espeak-ng: installations carry no recordings
 
 
-class GraphBuilder:
-    """Collects the nodes of one graph. Inside the recurrent part time comes first: (time, batch, size).
+class GraphBuilder(Graph):
+    """A network's graph. Inside the recurrent part time comes first: (time, batch, size).
 
     What asr.runtime.sherpa makes otherwise it overrides: how samples come in, where states are kept, what goes out.
     """
@@ -54,17 +50,13 @@ class GraphBuilder:
     tokens_alone = False
 
     def __init__(self, network: Network) -> None:
+        super().__init__()
         self.network = network
         self.streaming = not network.config.model.bidirectional
-        self.nodes: list[onnx.NodeProto] = []
-        self.named = 0  # nodes so far, those inside a Scan among them
-        self.constants: list[TensorProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
         self.state_shapes: list[list[int]] = []
-        self.ranges: dict[str, tuple[float, float]] = {}  # of normalised tensors: where nearly all values lie
         self.lengths = ""  # int32 (batch,): each row's frames, in whole utterances
-        self.row_frames = ""  # int32 (batch,): each row's frames of a step, where they differ
         self.phones = ""  # log-probabilities (time, batch, phones), where the network writes them
         self.joint = ""  # the encoder's share of a transducer's joint (time, batch, units), where it has one
         self.flush = ""  # 1 where a stream is over and its look-ahead is read out
@@ -138,30 +130,6 @@ class GraphBuilder:
         onnx.checker.check_model(model)
         return model
 
-    def op(self, kind: str, *inputs: str, name: str | None = None, outputs: int = 1, **attributes: Any) -> str:
-        """Add a node; gives the name of its first output."""
-        first = name or f"{kind.lower()}_{self.named}"
-        self.named += 1
-        names = [first, *(f"{first}_{i}" for i in range(1, outputs))]
-        self.nodes.append(helper.make_node(kind, list(inputs), names, name=first, **attributes))
-        if kind in ("Transpose", "Squeeze") and inputs[0] in self.ranges:
-            self.ranges[first] = self.ranges[inputs[0]]
-        return first
-
-    def constant(self, value: np.ndarray | Tensor, kind: str = "constant") -> str:
-        """Add a constant; gives its name, which begins with its kind."""
-        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
-        name = f"{kind}_{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
-        return name
-
-    def ints(self, values: list[int]) -> str:
-        return self.constant(np.array(values, np.int64))
-
-    def cut(self, x: str, axis: int, start: int, end: int = _INT_MAX) -> str:
-        """x[start:end] along an axis."""
-        return self.op("Slice", x, self.ints([start]), self.ints([end]), self.ints([axis]))
-
     def state(self, shape: list[int]) -> tuple[str, str]:
         """Add a state of a shape (without the batch); gives the names of what comes in and what goes out."""
         number = len(self.state_shapes)
@@ -200,7 +168,7 @@ class GraphBuilder:
 
     def keep_last(self, x: str, size: int, new: str) -> None:
         """The last `size` frames of x, axis 1, become the new state `new`."""
-        self.op("Slice", x, self.ints([-size]), self.ints([_INT_MAX]), self.ints([1]), name=new)
+        self.op("Slice", x, self.ints([-size]), self.ints([INT_MAX]), self.ints([1]), name=new)
 
     @singledispatchmethod
     def add(self, layer: StreamingLayer, x: str) -> str:
@@ -214,7 +182,7 @@ class GraphBuilder:
         if hops * hop > window:
             x = self.op("Pad", x, self.ints([0] * rank + [0, hops * hop - window] + [0] * (rank - 2)))
         x = self.op("Reshape", x, self.ints([0, -1, hop * size]))
-        parts = [self.cut(x, 1, i, i + 1 - hops if i + 1 < hops else _INT_MAX) for i in range(hops)]
+        parts = [self.cut(x, 1, i, i + 1 - hops if i + 1 < hops else INT_MAX) for i in range(hops)]
         parts[-1] = self.cut(parts[-1], 2, 0, (window - (hops - 1) * hop) * size)
         return self.op("Concat", *parts, axis=2)
 
@@ -276,9 +244,6 @@ class GraphBuilder:
             for names in (["sum_before", "sum_next"], [total, f"{total}_shown"])
         ]
         return helper.make_graph(inside, "leaky_sum", infos[0], infos[1])
-
-    def number(self, value: float) -> str:
-        return self.constant(np.array(value, np.float32))
 
     def evened(self, layer: RunningNormalise | UtteranceNormalise, x: str, count: str, differs: str) -> str:
         """x, normalised, without the share of what its levels differ by that so many frames can tell."""
@@ -408,7 +373,7 @@ class GraphBuilder:
         self.keep_last(joined, frames - 1, new)
         y = ""
         for k in range(frames):
-            part = self.cut(joined, 1, k, k + 1 - frames if k + 1 < frames else _INT_MAX)
+            part = self.cut(joined, 1, k, k + 1 - frames if k + 1 < frames else INT_MAX)
             part = self.op("Mul", part, self.constant(layer.weight[k]))
             y = self.op("Add", y, part) if y else part
         return self.op("Transpose", y, perm=[1, 0, 2])
@@ -420,10 +385,6 @@ class GraphBuilder:
         if layer.joint is not None and not self.tokens_alone:
             self.joint = self.linear(layer.joint, x)
         return self.op("LogSoftmax", self.linear(layer.linear, x), axis=-1)
-
-    def linear(self, layer: nn.Linear, x: str) -> str:
-        y = self.op("MatMul", x, self.constant(layer.weight.T, WEIGHTS))
-        return y if layer.bias is None else self.op("Add", y, self.constant(layer.bias))
 
     def lstm_weights(self, directions: list[nn.LSTM]) -> list[str]:
         """W, R and B of ONNX's LSTM from torch's, whose gates come as i, f, c, o and there as i, o, f, c."""
@@ -437,14 +398,6 @@ class GraphBuilder:
         r = torch.stack([reordered(v["weight_hh_l0"]) for v in weights])
         b = torch.stack([torch.cat([reordered(v["bias_ih_l0"]), reordered(v["bias_hh_l0"])]) for v in weights])
         return [self.constant(w), self.constant(r), self.constant(b)]
-
-    def layer_norm(self, norm: nn.LayerNorm, x: str) -> str:
-        weights = [self.constant(v) for v in (norm.weight, norm.bias) if v is not None]
-        y = self.op("LayerNormalization", x, *weights, axis=-1, epsilon=norm.eps)
-        if norm.weight is not None and norm.bias is not None:
-            middle, spread = norm.bias.detach(), _DEVIATIONS * norm.weight.detach().abs()
-            self.ranges[y] = (float((middle - spread).min()), float((middle + spread).max()))
-        return y
 
 
 def check_speech() -> np.ndarray:

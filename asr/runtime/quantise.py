@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from asr.runtime.export_graph import WEIGHTS
+from asr.runtime.graph import WEIGHTS
 
 _SATURATED = 40.0  # a gate's bias that leaves it open or shut
 _CELL = 20.0  # a cell state whose tanh is 1
