@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from asr.errors import ConfigError, ModelError, Problem
@@ -169,9 +170,10 @@ def test_train_names_a_missing_config(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert capsys.readouterr().err.startswith("error: none.toml: ")
 
 
-def test_export_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_hands_over(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("asr.audio.read_audio", lambda path: f"what {path} says")
+    heard = {Path("a.wav"): np.ones(3, np.float32), Path("b.wav"): np.zeros(3, np.float32)}
+    monkeypatch.setattr("asr.audio.read_audio", heard.__getitem__)
     stand_in(
         monkeypatch, "asr.runtime.export", export_model=lambda *args, small, speech: seen.append((*args, small, speech))
     )
@@ -179,8 +181,11 @@ def test_export_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("export", "-o", "m", "--small", "--speech", "a.wav") == 0
     assert seen == [
         ([Path("runs/a"), Path("runs/b")], Path("m"), "onnx-int8", False, None),
-        ([shipped_model()], Path("m"), "model", True, ["what a.wav says"]),
+        ([shipped_model()], Path("m"), "model", True, [heard[Path("a.wav")]]),
     ]
+    assert run("export", "-o", "m", "--speech", "a.wav", "--speech", "b.wav") == 1
+    assert capsys.readouterr().err.startswith("error: b.wav: silent")
+    assert len(seen) == 2
 
 
 def test_errors_for_the_reader_end_with_status_1_and_those_of_usage_with_2(

@@ -128,6 +128,11 @@ def test_silence_has_an_empty_text(server: Served) -> None:
     assert post(server.http, recording(PAUSE)).json() == {"text": ""}
 
 
+def test_only_post_is_for_this_address(server: Served) -> None:
+    answer = httpx.get(f"{server.http}/v1/audio/transcriptions")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
+
+
 # ---- what a recording may cost
 
 

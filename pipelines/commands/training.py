@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.status import Status
 
+from asr.errors import AudioError
 from pipelines.commands.options import (
     MANIFESTS,
     TRAIN,
@@ -285,6 +286,10 @@ def export(
     from asr.runtime.export import export_model
     from asr.runtime.folder import shipped_model
 
-    recordings = [read_audio(path) for path in speech or ()]
+    recordings = []
+    for path in speech or ():
+        recordings.append(read_audio(path))
+        if not recordings[-1].any():
+            raise AudioError(f"{path}: silent; graphs are compared on speech")
     export_model(sources or [shipped_model()], out, to, small=small, speech=recordings or None)
     print(f"{out}: written")

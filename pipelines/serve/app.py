@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -58,12 +59,16 @@ def main_app(service: Service, transcriptions: Transcriptions) -> ASGIApp:
     async def not_so(request: Request, error: Exception) -> Response:
         return refusal(Refused(f"{request.method} is not for this address", code="method_not_allowed", status=405))
 
+    async def post_alone(request: Request) -> Response:  # else the page's files would be looked through
+        raise HTTPException(405)
+
     routes = [
         Route("/health", health),
         Route("/metrics", metrics),
         Route("/v1/models", models),
         Route("/v1/models/{name}", models),
         Route("/v1/audio/transcriptions", transcriptions, methods=["POST"]),
+        Route("/v1/audio/transcriptions", post_alone),
         WebSocketRoute("/v1/stream", websocket(service, native.talk)),
         WebSocketRoute("/{path:path}", _nowhere),
         Mount("/", StaticFiles(directory=PAGE, html=True)),
