@@ -16,9 +16,9 @@ class LogMel(StreamingLayer):
     """Samples (batch, time) -> log-mel features (batch, time // hop, bands).
 
     Frame t sees the `window` samples that end at hop * (t + 1), with zeros before the stream begins: no frame
-    is centred, so none needs the future. The window is a periodic Hann window, the DFT has as many points as
-    the window, filters are Slaney's with area normalisation (librosa's defaults), the logarithm is natural.
-
+    is centred, so none needs the future. The mean of its samples, a microphone's offset, is taken off. The window is a
+    periodic Hann window, the DFT has as many points as the window, filters are Slaney's with area normalisation
+    (librosa's defaults), the logarithm is natural.
     """
 
     filters: Tensor
@@ -49,16 +49,19 @@ class LogMel(StreamingLayer):
     def _log_mel(self, samples: Tensor) -> Tensor:
         if samples.shape[1] < self.window:
             return self._nothing(samples.shape[0])
-        framed = samples.unfold(1, self.window, self.stride) * self.taper
+        framed = samples.unfold(1, self.window, self.stride)
+        framed = (framed - framed[..., 1:].mean(dim=-1, keepdim=True)) * self.taper  # which leaves out the first one
         power = torch.fft.rfft(framed).abs().square()
         return torch.log(power @ self.filters + FLOOR)
 
     def dft_matrix(self) -> Tensor:
-        """The windowed DFT as a matrix: (window, 2 * bins), real parts first; computed in float64."""
+        """The windowed DFT, the mean taken off before, as a matrix: (window, 2 * bins), real parts first; float64."""
         n = torch.arange(self.window, dtype=torch.float64)
         angle = 2 * math.pi / self.window * n[:, None] * torch.arange(self.window // 2 + 1)
         taper = torch.hann_window(self.window, dtype=torch.float64)[:, None]
-        return torch.cat([taper * angle.cos(), -taper * angle.sin()], dim=1)
+        matrix = torch.cat([taper * angle.cos(), -taper * angle.sin()], dim=1)
+        matrix[1:] -= matrix[1:].mean(dim=0)
+        return matrix
 
     def _nothing(self, batch_size: int) -> Tensor:
         return self.taper.new_zeros(batch_size, 0, self.filters.shape[1])

@@ -346,6 +346,21 @@ def test_what_the_letters_spell_badly_the_phones_tell() -> None:
     assert all(a.end_frame <= b.start_frame for a, b in itertools.pairwise(best))
 
 
+def test_a_word_is_shown_once_its_last_phone_is_heard() -> None:
+    heard = both("to_n_t_n_____", "T UW UW _ _ _ B _ IY _ _ _ _", 0.9)
+    decoder, shown, tokens = phone_search()(), [], (*TOKENS, "w")
+    for row in heard:
+        decoder.accept(row[None])
+        shown.append(text(decoder.tokens(), tokens))
+    assert shown[0] == "" and shown[1] in ("to", "two") and shown[7] == shown[1]  # whatever the letters say
+    assert shown[8] == shown[12] in ("to bee", "two bee")
+    first, last = ([span for span in decoder.tokens() if span.start_frame < 6][i] for i in (0, -1))
+    assert (first.start_frame, last.end_frame) == (0, 6)  # a space leads to the next word
+    words = words_from_tokens(decoder.tokens(), tokens, start=0, end=13, frame=1, edge=0)
+    assert [(word.start, word.end) for word in words] == [(0, 3), (6, 9)]
+    assert all(word.confidence == pytest.approx(0.9, abs=1e-6) for word in words)
+
+
 def test_letters_part_what_sounds_alike() -> None:
     search = phone_search(phone_share=0.5)
     for word in ("to", "two"):
@@ -410,7 +425,7 @@ def test_a_next_word_model_weighs_what_the_searches_found(tmp_path: Path) -> Non
     ngrams, tokens = estimate(["not to", "not two", "to be", "two be"], order=2), (*TOKENS, "w")
     said = Pronunciations.of([("to", "T UW"), ("not", "N AA T")], ngrams.lexicon)
     heard = both("not t__o__", "N AA T _ T UW _ _ _ _", 0.55)
-    heard[:, len(TOKENS)] += 0.1  # the w is among the labels that are tried
+    heard[:, len(TOKENS)] += 1.5  # the w is among the labels that are tried
     found = {}
     for phones, share in itertools.product(((), PHONES), (0.0, 1.0)):
         config = BeamConfig(lm_weight=2.0, word_score=0.5, phone_share=0.0, network_share=share, nbest=5)

@@ -59,10 +59,11 @@ def test_cuts_do_not_depend_on_how_the_samples_arrive(
     assert np.diff([0, *whole, len(audio)]).max() <= 2.1 * RATE
 
 
+@pytest.mark.parametrize("offset", [0, -0.1])
 @pytest.mark.parametrize("db", [-100, -70, -50, -35])
-def test_a_pause_is_cut_in_its_middle_at_any_noise(db: float) -> None:
+def test_a_pause_is_cut_in_its_middle_at_any_noise(db: float, offset: float) -> None:
     audio = np.concatenate([speech(4, seed=1), noise(1.2, db, 2), speech(4, seed=3), noise(1.2, db, 4), speech(3)])
-    audio += noise(len(audio) / RATE, db, 5)
+    audio += noise(len(audio) / RATE, db, 5) + np.float32(offset)
     cuts = cuts_of(audio)
     assert len(cuts) == 2
     assert within(cuts, 4.15, 4.85) == cuts[:1]

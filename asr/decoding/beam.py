@@ -16,7 +16,7 @@ from asr.decoding import Best, Hypothesis, TokenSpan
 from asr.decoding.ctc import align, log_likelihoods
 from asr.decoding.hot_words import check_hot_words
 from asr.decoding.language_model import Automaton, Scorer
-from asr.decoding.lexicon_search import BLANK, IMPOSSIBLE, Lexicon, Running, Tree, ranges, tree_of
+from asr.decoding.lexicon_search import BLANK, IMPOSSIBLE, Lexicon, Running, Said, Tree, ranges, tree_of
 from asr.decoding.next_word import UNKNOWN_ID, TextScorer
 from asr.errors import ConfigError, ModelError
 from asr.lexicon import Pronunciations
@@ -400,13 +400,28 @@ class BeamDecoder:
         return self._running
 
     def pending(self) -> list[TokenSpan]:
-        """The best tokens that are not committed; the last word may be unfinished."""
-        return self._spans(self._search_so_far()[0].best())
+        """The best tokens that are not committed. A word is there once its last phone is heard; where the search is by
+        letters alone, letter by letter."""
+        if not self._frames:
+            return []
+        by_tokens, *by_phones = self._search_so_far()
+        return self._spelled(by_phones[0].words()) if by_phones else self._spans(by_tokens.best())
+
+    def _spelled(self, words: Sequence[Said]) -> list[TokenSpan]:
+        """The letters of words that a search by phones has found, each word's evenly over its frames."""
+        phones, spans = np.concatenate(self._blocks)[:, self._search.vocab_size :], []
+        for word, start, labels in words:
+            letters, end = self._search.letters(word), start + len(labels)
+            said = np.flatnonzero(labels != BLANK)
+            sure = min(float(np.exp(phones[start + said, labels[said]]).mean()), 1.0) ** (1 / len(letters))
+            if spans:
+                spans.append(TokenSpan(self._search.space, spans[-1].end_frame, start, 1.0))
+            borders = np.linspace(start, end, len(letters) + 1).round().astype(int).tolist()
+            spans += (TokenSpan(*of, sure) for of in zip(letters, borders[:-1], borders[1:], strict=True))
+        return self._later(spans)
 
     def _spans(self, labels: np.ndarray) -> list[TokenSpan]:
         """The tokens of a path, which has a label for each frame."""
-        if not self._frames:
-            return []
         tokens = labels[: self._frames]
         log_probs = np.concatenate(self._blocks)[np.arange(len(tokens)), tokens]
         ends = np.append(np.flatnonzero(np.diff(tokens)) + 1, len(tokens))

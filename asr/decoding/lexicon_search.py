@@ -16,7 +16,7 @@ IMPOSSIBLE = -1e4  # instead of minus infinity, where a pronunciation has more p
 # Hypotheses so far (natural log) behind the best are dropped; where the beam was full at the frame before, those that
 # are further than its last one was, and some more (Kaldi's adaptive beam).
 THRESHOLD, SLACK = 18.0, 2.0
-SURE = 4.0  # a blank so much (natural log) likelier than any label, priors taken off, is all that there is to a frame
+SURE = 1.5  # a blank so much (natural log) likelier than any label, priors taken off, is all that there is to a frame
 LIKELIEST = 10  # labels that are tried at a frame: a third of the work, and no more errors (docs/trials.md)
 SURPRISE = 2.0  # base 10: words that would be dropped though a context made them so much likelier are not looked up
 _NONE = -1
@@ -116,6 +116,14 @@ class Found(NamedTuple):
 
     words: tuple[int, ...]
     score: float
+
+
+class Said(NamedTuple):
+    """A word on the best path: its number, its first frame, and the labels of its frames up to the end of its last."""
+
+    word: int
+    start: int
+    labels: np.ndarray
 
 
 class _Frame(NamedTuple):
@@ -263,11 +271,30 @@ class Running:
 
     def best(self) -> np.ndarray:
         """The label of each frame on the best path so far; the last word may be unfinished."""
-        labels = np.zeros(len(self._frames), np.int64)
+        return self._path()[0]
+
+    def words(self) -> list[Said]:
+        """The words that have ended on the best path so far, of a lexicon without `silence`."""
+        labels, ended = self._path()
+        found, end = [], 0
+        for frame, word in ended:
+            start = end + int(np.argmax(labels[end:] != BLANK))
+            others = np.flatnonzero(labels[frame:] != labels[frame])
+            end = frame + int(others[0]) if len(others) else len(labels)
+            found.append(Said(word, start, labels[start:end]))
+        return found
+
+    def _path(self) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """The labels of the best path so far, (frames,), and in which frame which word ended."""
+        labels, ended = np.zeros(len(self._frames), np.int64), []
         at = 0
         for i in range(len(self._frames) - 1, -1, -1):
-            labels[i], at = self._frames[i].label[at], self._frames[i].old[at]
-        return labels
+            frame = self._frames[i]
+            labels[i], word = frame.label[at], int(frame.word[at])
+            if word != _NONE:
+                ended.append((i, word))
+            at = frame.old[at]
+        return labels, ended[::-1]
 
     def finish(self, most: int) -> list[Found]:
         """At most so many texts, the best first; none of unfinished words, if any has none.
