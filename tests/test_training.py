@@ -347,6 +347,7 @@ def test_the_tuning_data_is_scored_every_so_many_epochs_and_at_the_end(tmp_path:
     run_training(config, tmp_path / "run")
     assert [row["epoch"] for row in log_rows(tmp_path / "run", "dev")] == [1, 3, 4]
     assert len(list((tmp_path / "run" / "epochs").glob("*.safetensors"))) == 2
+    run_training(changed(config, "training", score_epochs=1), tmp_path / "run")  # how often may change
 
 
 def test_steps_that_stay_non_finite_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

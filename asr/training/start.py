@@ -19,7 +19,7 @@ from asr.training.checkpoint import checkpoints
 from asr.training.shards import ALIGNMENT_FILE, ShardDataset
 
 # of [training]: what may change when a run goes on, as it changes nothing of what is learnt
-_FREE = {"threads": 1, "checkpoint_steps": 1, "average": 1, "patience": 0, "hang_seconds": 600.0}
+_FREE = {"threads": 1, "checkpoint_steps": 1, "score_epochs": 1, "average": 1, "patience": 0, "hang_seconds": 600.0}
 _HELP = "state_output."  # in training, whose size depends on the data
 _OF_TRANSDUCER = ("prediction", "dropout")  # of [model], what may differ where the encoder stays as it is
 
@@ -30,7 +30,7 @@ def check_inputs(config: TrainConfig, run: Path) -> None:
     Raises:
         AsrError: prepared data is missing or was made with other features, `data.weights` names no source of it,
             `init_from` or one of `teachers` is no network, or the run was started with other data, alignments or
-            configuration (threads, checkpoint_steps, average, patience and hang_seconds may differ).
+            configuration (threads, checkpoint_steps, score_epochs, average, patience and hang_seconds may differ).
     """
     sources: set[str] = set()
     aligned = False
