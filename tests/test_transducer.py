@@ -153,7 +153,7 @@ def with_transducer(config: TrainConfig, units: int, **training: object) -> Trai
 def plain(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """To train a small streaming network on tones, without a transducer."""
     folder = write_corpus(tmp_path_factory.mktemp("tones") / "d", rows=24)
-    return tone_config(folder, bidirectional=False, epochs=40, learning_rate=1e-2, batch_seconds=6.0)
+    return tone_config(folder, bidirectional=False, epochs=60, learning_rate=1e-2, batch_seconds=6.0)
 
 
 @pytest.fixture(scope="module")
