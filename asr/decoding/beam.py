@@ -16,7 +16,7 @@ from asr.decoding import Best, Hypothesis, TokenSpan
 from asr.decoding.ctc import align, log_likelihoods
 from asr.decoding.hot_words import check_hot_words
 from asr.decoding.language_model import Automaton, Scorer
-from asr.decoding.lexicon_search import BLANK, IMPOSSIBLE, Lexicon, Running, Said, Tree, ranges, tree_of
+from asr.decoding.lexicon_search import BLANK, IMPOSSIBLE, Lexicon, Running, Tree, WordSpan, ranges, tree_of
 from asr.decoding.next_word import UNKNOWN_ID, TextScorer
 from asr.errors import ConfigError, ModelError
 from asr.lexicon import Pronunciations
@@ -405,9 +405,9 @@ class BeamDecoder:
         if not self._frames:
             return []
         by_tokens, *by_phones = self._search_so_far()
-        return self._spelled(by_phones[0].words()) if by_phones else self._spans(by_tokens.best())
+        return self._letters_of(by_phones[0].words()) if by_phones else self._spans(by_tokens.best())
 
-    def _spelled(self, words: Sequence[Said]) -> list[TokenSpan]:
+    def _letters_of(self, words: Sequence[WordSpan]) -> list[TokenSpan]:
         """The letters of words that a search by phones has found, each word's evenly over its frames."""
         phones, spans = np.concatenate(self._blocks)[:, self._search.vocab_size :], []
         for word, start, labels in words:

@@ -118,11 +118,11 @@ class Found(NamedTuple):
     score: float
 
 
-class Said(NamedTuple):
+class WordSpan(NamedTuple):
     """A word on the best path: its number, its first frame, and the labels of its frames up to the end of its last."""
 
     word: int
-    start: int
+    start_frame: int
     labels: np.ndarray
 
 
@@ -273,7 +273,7 @@ class Running:
         """The label of each frame on the best path so far; the last word may be unfinished."""
         return self._path()[0]
 
-    def words(self) -> list[Said]:
+    def words(self) -> list[WordSpan]:
         """The words that have ended on the best path so far, of a lexicon without `silence`."""
         labels, ended = self._path()
         found, end = [], 0
@@ -281,7 +281,7 @@ class Running:
             start = end + int(np.argmax(labels[end:] != BLANK))
             others = np.flatnonzero(labels[frame:] != labels[frame])
             end = frame + int(others[0]) if len(others) else len(labels)
-            found.append(Said(word, start, labels[start:end]))
+            found.append(WordSpan(word, start, labels[start:end]))
         return found
 
     def _path(self) -> tuple[np.ndarray, list[tuple[int, int]]]:
