@@ -23,6 +23,7 @@ R = TypeVar("R")
 BATCH_ROWS = 16
 _BATCH_SAMPLES = 120 * SAMPLE_RATE  # of a batch, padding included
 _EDGE = np.zeros(round(EDGE_SILENCE_SECONDS * SAMPLE_RATE), np.float32)
+_SLOWER = 0.9  # the pace of the second reading, for who weighs texts (docs/trials.md)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,8 +133,11 @@ class Network:
         return self._opening.result() if self._opening else self._open_search()
 
     def read(self, audios: Sequence[np.ndarray]) -> list[list[Hypothesis]]:
-        """What each utterance, float32 (n,) at 16 kHz, may say to an offline network; those of like length are read
-        together."""
+        """What each utterance, float32 (n,) at 16 kHz, may say to an offline network.
+
+        Those of like length are read together. Where texts are weighed, each is read a second time, played slower: two
+        readings err apart.
+        """
         order = sorted(range(len(audios)), key=lambda i: len(audios[i]))
         batches: list[list[int]] = []
         while order:
@@ -141,13 +145,20 @@ class Network:
             rows = max(1, min(BATCH_ROWS, _BATCH_SAMPLES // longest))
             batches.append(order[-rows:])
             del order[-rows:]
-        padded = [[np.concatenate([_EDGE, audios[i], _EDGE]) for i in batch] for batch in batches]
+
+        def log_probs(batch: list[int]) -> list[tuple[np.ndarray, np.ndarray | None]]:
+            once = self.engine.log_probs([_padded(audios[i]) for i in batch])
+            if not self.decoder().weighs:
+                return [(reading, None) for reading in once]
+            again = self.engine.log_probs([_padded(_slowed(audios[i])) for i in batch])
+            return list(zip(once, again, strict=True))
+
         hypotheses: list[list[Hypothesis]] = [[] for _ in audios]
-        for batch, found in zip(batches, _one_ahead(self.engine.log_probs, padded), strict=True):
-            for i, log_probs in zip(batch, found, strict=True):
+        for batch, found in zip(batches, _one_ahead(log_probs, batches), strict=True):
+            for i, (once, again) in zip(batch, found, strict=True):
                 decoder = self.decoder()
-                decoder.accept(log_probs)
-                hypotheses[i] = decoder.finish()
+                decoder.accept(once)
+                hypotheses[i] = decoder.finish(again)
         return hypotheses
 
     def text(self, spans: Iterable[TokenSpan]) -> str:
@@ -184,6 +195,16 @@ class Network:
             words=tuple(words),
             alternatives=tuple(texts) if len(texts) > 1 else (),
         )
+
+
+def _padded(samples: np.ndarray) -> np.ndarray:
+    return np.concatenate([_EDGE, samples, _EDGE])
+
+
+def _slowed(samples: np.ndarray) -> np.ndarray:
+    import soxr  # an import of which greedy decoding has no need
+
+    return soxr.resample(samples, SAMPLE_RATE * _SLOWER, SAMPLE_RATE)
 
 
 def _one_ahead(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:

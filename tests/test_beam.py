@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from toy_model import FRAME, RATE, ToyEngine, spell
 from toy_model import TOKENIZER as LETTERS
 
-from asr.decoding import TokenSpan, words_from_tokens
+from asr.decoding import Hypothesis, TokenSpan, words_from_tokens
 from asr.decoding import beam as beam_module
 from asr.decoding.beam import BeamConfig, BeamDecoder, BeamSearch, agreement
 from asr.decoding.greedy import GreedyDecoder
@@ -373,6 +373,51 @@ def test_a_word_without_pronunciation_is_still_found_by_its_letters() -> None:
     decoder = phone_search(phone_share=0.3)()
     decoder.accept(both("to be_____", "T UW _ B _ IY _ _ _ _", 0.8))
     assert text(decoder.finish()[0].tokens, (*TOKENS, "w")) == "to be"  # "be" is not in SAID
+
+
+def test_a_second_reading_counts_as_much_as_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    search, tokens = phone_search(phone_share=0.5), (*TOKENS, "w")
+    said = "T UW _ _ _ _ _ _"
+    once, again = both("to______", said, 0.5), both("two_____", said, 0.9)
+
+    def found(other: np.ndarray | None = None) -> Hypothesis:
+        decoder = search()
+        decoder.accept(once)
+        return decoder.finish(other)[0]
+
+    assert text(found().tokens, tokens) == "to"
+    assert text(found(again).tokens, tokens) == "two"
+    assert found(once) == found()
+    monkeypatch.setattr(beam_module, "_COMMIT_FRAMES", 6)  # of the segment's beginning nothing is left to weigh
+    monkeypatch.setattr(beam_module, "_LOOKBACK_FRAMES", 2)
+    assert found(again) == found()
+
+
+def test_only_who_weighs_texts_reads_twice() -> None:
+    class Counting(ToyEngine):
+        def log_probs(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
+            lengths.append([len(samples) for samples in batch])
+            return super().log_probs(batch)
+
+    class Weighing(GreedyDecoder):
+        weighs = True
+
+        def finish(self, again: np.ndarray | None = None) -> list[Hypothesis]:
+            read.append((self._frames, None if again is None else len(again)))
+            return super().finish()
+
+    samples = [spell("a dog"), spell("cats"), np.zeros(0, np.float32)]
+    for decoder in (GreedyDecoder, Weighing):
+        lengths: list[list[int]] = []
+        read: list[tuple[int, int | None]] = []
+        found = Network(LETTERS, Counting, open_search=lambda decoder=decoder: decoder).read(samples)
+        assert ["".join(LETTERS.decode([s.token for s in h.tokens])) for [h] in found] == ["a dog", "cats", ""]
+        if decoder is GreedyDecoder:
+            assert len(lengths) == 1 and not read
+        else:
+            (once, slower), edges = lengths, lengths[0][0]  # the empty one is nothing but edges
+            assert slower == pytest.approx([edges + (n - edges) / 0.9 for n in once], abs=2)
+            assert sorted(read) == sorted((n // FRAME, m // FRAME) for n, m in zip(once, slower, strict=True))
 
 
 @settings(max_examples=20, deadline=None)

@@ -54,11 +54,14 @@ class Decoder(Protocol):
 
     Attributes:
         written: the first of the best tokens, which stay what they are: this list only grows.
-        weighs: whether the end of a segment takes as long as some of its blocks.
     """
 
     written: list[TokenSpan]
-    weighs: bool
+
+    @property
+    def weighs(self) -> bool:
+        """Whether texts are weighed at the end of a segment, which takes as long as some of its blocks."""
+        ...
 
     def accept(self, log_probs: np.ndarray, best: Best | None = None) -> None:
         """Take the next frames, (frames, vocabulary), also none; the blank is token 0.
@@ -75,8 +78,12 @@ class Decoder(Protocol):
         """The best tokens so far, in order: those written and those pending."""
         ...
 
-    def finish(self) -> list["Hypothesis"]:
-        """End the segment; the best hypothesis first, at least one. Nothing follows."""
+    def finish(self, again: np.ndarray | None = None) -> list["Hypothesis"]:
+        """End the segment; the best hypothesis first, at least one. Nothing follows.
+
+        `again` is another reading of the same audio, at another pace for example: (frames, vocabulary), for those who
+        weigh texts.
+        """
         ...
 
     def copy(self) -> "Decoder":

@@ -1,12 +1,12 @@
 """Beam search: the words of a lexicon that the network and an n-gram language model together find likeliest.
 
-A network that writes phones beside its tokens is read twice, by their pronunciations and by their letters. What either
-search finds is weighed by both, as each hears words that the other misses, and by a next-word model where there is one.
+A network that writes phones beside its tokens is searched by the words' pronunciations, and what is found is weighed by
+letters as well, and by a next-word model where there is one. Words without a pronunciation are searched for by letters.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,8 +16,9 @@ from asr.decoding import Best, Hypothesis, TokenSpan
 from asr.decoding.ctc import align, log_likelihoods
 from asr.decoding.hot_words import check_hot_words
 from asr.decoding.language_model import Automaton, Scorer
-from asr.decoding.lexicon_search import BLANK, IMPOSSIBLE, Lexicon, Running, Tree, WordSpan, ranges, tree_of
+from asr.decoding.lexicon_search import BLANK, IMPOSSIBLE, Found, Lexicon, Running, Tree, WordSpan, ranges, tree_of
 from asr.decoding.next_word import UNKNOWN_ID, TextScorer
+from asr.decoding.pronounced import NO_WORD, Pronounced
 from asr.errors import ConfigError, ModelError
 from asr.lexicon import Pronunciations
 
@@ -32,15 +33,9 @@ _LOOKBACK_FRAMES = 250
 _BY_PHONES = (0.87, -0.5)
 _SHARPNESS = 0.3  # of the probabilities that scores stand for: as they are, the best text would be all but certain
 _HEARD = 0.1  # exponent of the tokens' probabilities in a word's confidence: many right words were hardly heard
-# Beside a search by phones, that by letters finds next to nothing more: it shows what is said meanwhile.
-_LETTERS_SHARE = 8  # of the hypotheses, one in so many then
-_LETTERS_CANDIDATES = 5
-_CANDIDATES = 20  # of each search, that are weighed by tokens and phones
-# A word without a pronunciation: any phones will do, so many for a letter, each a little worse than the likeliest one.
-_PHONES_PER_LETTER, _ANY_PHONE = 0.85, -1.0
+_LETTERS_SHARE = 16  # of the hypotheses, one in so many is by letters where words without a pronunciation want it
+_CANDIDATES = 40  # of each search, that are weighed by tokens and phones
 _SILENCE = 4.0  # natural log: a text must be so much likelier than that nobody spoke; noises sound like short words
-_NO_WORD = -1
-_WAYS = 4  # of a text's pronunciations, that are tried
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +54,7 @@ class BeamConfig:
         hot_words: phrases to expect, with what each adds to the score (natural log) of a text that has it.
     """
 
-    beam: int = 400
+    beam: int = 800
     lm_weight: float = 2.5
     word_score: float = 0.5
     phone_share: float = 0.85
@@ -122,7 +117,7 @@ class BeamSearch:
         if foreign or not all(words):
             written = [i for i, word in enumerate(words) if word and not foreign & set(word)]
             spelled = [words[i] for i in written]
-            place[:] = _NO_WORD
+            place[:] = NO_WORD
             place[written] = np.arange(len(written))
         if _SPACE not in index or not spelled:
             reason = "spells no word of the lexicon" if _SPACE in index else "has no space"
@@ -163,7 +158,7 @@ class BeamSearch:
         self.offsets = (-config.prior_weight * known_priors).astype(np.float32)
         self._spelled, self._index = spelled, index
         letters = letters if spelled is words else _letters(spelled)
-        self._said = _Said(pronunciations, place, phones) if phones and pronunciations else None
+        self._said = Pronounced(pronunciations, place, phones, spelled) if phones and pronunciations else None
         if self._said and not len(self._said.words):
             self._said = None
 
@@ -171,22 +166,24 @@ class BeamSearch:
             """Kept for the next process, but for that with hot words: each may have others."""
             return make(*given) if hot_words else kept("tree", given, lambda: make(*given))
 
-        def by_letters(letters: np.ndarray, table: np.ndarray, scores: np.ndarray) -> Tree:
+        def tree_of_letters(letters: np.ndarray, table: np.ndarray, scores: np.ndarray) -> Tree:
             ends = np.flatnonzero(letters == ord(_SPACE))
             lengths = np.diff(ends, prepend=-1)
             order = np.array(sorted(range(len(spelled)), key=spelled.__getitem__))
             starts = ends[order] + 1 - lengths[order]
             return tree_of(table[letters[ranges(starts, lengths[order])[1]]], lengths[order], order, scores)
 
-        spellings = tree(by_letters, letters, _token_table(index), scores)
-        beam = max(config.beam // _LETTERS_SHARE, 1) if self._said else config.beam
-        columns, settings = slice(0, len(tokens)), (config.lm_weight, config.word_score)
-        self._lexicons = [Lexicon(spellings, scores, columns, self.space, beam, *settings)]
+        self.by_sound = self.by_letters = None
         if self._said:
             ways = tree(tree_of, self._said.phones, self._said.lengths, self._said.words, scores)
             columns = slice(len(tokens), outputs)
             settings = config.lm_weight * _BY_PHONES[0], config.word_score + _BY_PHONES[1]
-            self._lexicons.append(Lexicon(ways, scores, columns, None, config.beam, *settings))
+            self.by_sound = Lexicon(ways, scores, columns, None, config.beam, *settings)
+        if not self._said or not self._said.complete:
+            spellings = tree(tree_of_letters, letters, _token_table(index), scores)
+            beam = max(config.beam // _LETTERS_SHARE, 1) if self._said else config.beam
+            columns, settings = slice(0, len(tokens)), (config.lm_weight, config.word_score)
+            self.by_letters = Lexicon(spellings, scores, columns, self.space, beam, *settings)
         self.weighs = bool(self._said or self._next_word)  # what the searches find
         self._plain = Scorer(ngrams, called, {})
         self._scorer = Scorer(ngrams, called, {tuple(numbers[w] for w in phrase): b for phrase, b in hot.items()})
@@ -195,36 +192,40 @@ class BeamSearch:
         return BeamDecoder(self)
 
     def start(self) -> list[Running]:
-        """The searches at the start of a segment, that by tokens first."""
-        return [Running(lexicon, self._scorer) for lexicon in self._lexicons]
+        """The searches at the start of a segment, that by sound first, if there is one."""
+        return [Running(lexicon, self._scorer) for lexicon in (self.by_sound, self.by_letters) if lexicon]
 
-    def weigh(self, log_probs: np.ndarray, texts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
-        """The score of texts by tokens, by phones where there are any, and by the language models.
+    def finish(self, running: Sequence[Running], most: int) -> list[Found]:
+        """What each of these found, at most so many texts."""
+        # By letters a word ends with a space, and the last one has none: one more frame, where one costs nothing.
+        end = np.full((1, self.vocab_size), IMPOSSIBLE, np.float32)
+        end[0, [BLANK, self.space]] = 0.0
+        if self.by_letters:
+            running[-1].read(end)
+        return [found for search in running for found in search.finish(most)]
+
+    def weigh(self, readings: Sequence[np.ndarray], texts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
+        """The score of texts by what was heard, the mean of all readings, and by the language models.
 
         Args:
-            log_probs: (frames, tokens + phones), the priors taken off.
+            readings: what the network says of the same audio, (frames, tokens + phones) each.
             texts: numbers of words.
         """
         config, lengths = self.config, np.array([len(words) for words in texts])
-        share = config.phone_share if self._said else 0.0
+        heard = np.mean([self._heard(log_probs + self.offsets, texts) for log_probs in readings], axis=0)
+        total = heard + config.lm_weight * self._language(texts) + config.word_score * lengths
+        return dict(zip(texts, total.tolist(), strict=True))
+
+    def _heard(self, log_probs: np.ndarray, texts: Sequence[tuple[int, ...]]) -> np.ndarray:
+        """The log-likelihood of texts by tokens, and by phones where there are any."""
+        share = self.config.phone_share if self._said else 0.0
         heard = np.zeros(len(texts))
         if share < 1:
             spelled = [self.spelling(words) for words in texts]
             heard += (1 - share) * log_likelihoods(log_probs[:, : self.vocab_size], spelled)
-        if share > 0:
-            heard += share * self._by_phones(log_probs[:, self.vocab_size :], texts)
-        said = self._language(texts)
-        total = heard + config.lm_weight * said + config.word_score * lengths
-        return dict(zip(texts, total.tolist(), strict=True))
-
-    def _by_phones(self, phones: np.ndarray, texts: Sequence[tuple[int, ...]]) -> np.ndarray:
-        """The log-likelihood of texts by their likeliest pronunciation, from (frames, phones)."""
-        anything = phones[:, 1:].max(axis=1, keepdims=True) + _ANY_PHONE
-        ways = [(i, way) for i, words in enumerate(texts) for way in itertools.islice(self._ways(words), _WAYS)]
-        scores = log_likelihoods(np.concatenate([phones, anything, anything], axis=1), [way for _, way in ways])
-        best = np.full(len(texts), IMPOSSIBLE)
-        np.maximum.at(best, [i for i, _ in ways], scores)
-        return best
+        if self._said and share > 0:
+            heard += share * self._said.log_likelihoods(log_probs[:, self.vocab_size :], texts)
+        return heard
 
     def _language(self, texts: Sequence[tuple[int, ...]]) -> np.ndarray:
         """The base-10 log-probability of texts: of n-grams with hot words, and of the next-word model."""
@@ -245,50 +246,6 @@ class BeamSearch:
         """The tokens of a text, with spaces between its words."""
         return [token for word in words for token in (self.space, *self.letters(word))][1:]
 
-    def _ways(self, words: Sequence[int]) -> Iterator[list[int]]:
-        """The pronunciations of a text: its words' first ones, and each other one of a word beside those."""
-        sounds = [self._sounds(word) for word in words]
-        first = [ways[0] for ways in sounds]
-        yield [phone for way in first for phone in way]
-        for i, ways in enumerate(sounds):
-            for other in ways[1:]:
-                yield [phone for way in (*first[:i], other, *first[i + 1 :]) for phone in way]
-
-    def _sounds(self, word: int) -> list[list[int]]:
-        """The ways to say a word."""
-        assert self._said is not None
-        count = max(round(_PHONES_PER_LETTER * len(self._spelled[word])), 1)
-        # of any phones, two names: CTC parts equal neighbours by a blank
-        return self._said.of(word) or [[self._said.any_phone + i % 2 for i in range(count)]]
-
-
-class _Said:
-    """Pronunciations as numbers of phones, sorted as Lexicon wants them.
-
-    Attributes:
-        phones: of all pronunciations, (all phones,); lengths: of each; words: whose it is, both (pronunciations,).
-        any_phone: a number behind those of the phones.
-    """
-
-    def __init__(self, pronunciations: Pronunciations, place: np.ndarray, phones: Sequence[str]) -> None:
-        self.any_phone = len(phones)
-        number = {phone: i for i, phone in enumerate(phones)}
-        codes = np.array([number.get(name, 0) for name in pronunciations.names], np.int64)[pronunciations.phones]
-        starts = np.cumsum(pronunciations.lengths) - pronunciations.lengths
-        self.phones, self.lengths, self.words = codes, pronunciations.lengths, place[pronunciations.words]
-        if self.words.min(initial=0) == _NO_WORD or not codes.all():
-            kept = (self.words != _NO_WORD) & (np.minimum.reduceat(codes, starts) > 0)
-            self.phones = codes[np.repeat(kept, pronunciations.lengths)]
-            self.lengths, self.words = pronunciations.lengths[kept], self.words[kept]
-        self._starts = np.cumsum(self.lengths) - self.lengths
-        self._order = np.argsort(self.words, kind="stable")
-        self._sorted = self.words[self._order]
-
-    def of(self, word: int) -> list[list[int]]:
-        """The ways to say a word; none, where none is known."""
-        found = self._order[slice(*np.searchsorted(self._sorted, (word, word + 1)))]
-        return [self.phones[self._starts[i] : self._starts[i] + self.lengths[i]].tolist() for i in found]
-
 
 def _letters(words: Sequence[str]) -> np.ndarray:
     """The letters of words, each with the space behind it, as code points, (letters,)."""
@@ -306,7 +263,6 @@ def _token_table(index: Mapping[str, int]) -> np.ndarray:
 class BeamDecoder:
     """Beam search of one segment, block by block (see asr.decoding.Decoder)."""
 
-    weighs = True
     shared = ("_search", "_running")  # not of the state that asr.snapshot keeps: the blocks are searched again
 
     def __init__(self, search: BeamSearch) -> None:
@@ -317,6 +273,11 @@ class BeamDecoder:
         self._frames = 0  # in the blocks
         # Searches that have read the blocks; None until they are needed.
         self._running: list[Running] | None = None
+
+    @property
+    def weighs(self) -> bool:
+        """Whether what is found is weighed at the end of the segment."""
+        return self._search.weighs
 
     def accept(self, log_probs: np.ndarray, best: Best | None = None) -> None:
         """Take the next frames, (frames, tokens + phones), also none; the best ones alone do not help here."""
@@ -335,29 +296,25 @@ class BeamDecoder:
         """The best tokens so far; the last word may be unfinished."""
         return self.written + self.pending()
 
-    def finish(self) -> list[Hypothesis]:
-        """End the segment: whole words only; the best hypothesis first, at least one."""
-        by_tokens, *by_phones = self._search_so_far()
+    def finish(self, again: np.ndarray | None = None) -> list[Hypothesis]:
+        """End the segment: whole words only; the best hypothesis first, at least one.
+
+        Another reading, (frames, tokens + phones), counts where nothing is committed, which it would not fit.
+        """
+        nbest, weighs = self._search.config.nbest, self._search.weighs and self._frames > 0
+        found = self._search.finish(self._search_so_far(), _CANDIDATES if weighs else nbest)
         self._running = None
-        # The last word has no space after it. One more frame, in which a space costs as little as none.
-        end = np.full((1, self._search.vocab_size), IMPOSSIBLE, np.float32)
-        end[0, [BLANK, self._search.space]] = 0.0
-        by_tokens.read(end)
-        nbest = self._search.config.nbest
         if not self._frames:
-            return [Hypothesis(tuple(self.written), found.score) for found in by_tokens.finish(nbest)]
+            return [Hypothesis(tuple(self.written), f.score) for f in found]
         log_probs = np.concatenate(self._blocks)
-        if not self._search.weighs:
+        if not weighs:
             letters = log_probs[:, : self._search.vocab_size]
             return [
-                Hypothesis(
-                    (*self.written, *self._later(align(letters, self._search.spelling(found.words)))), found.score
-                )
-                for found in by_tokens.finish(nbest)
+                Hypothesis((*self.written, *self._later(align(letters, self._search.spelling(f.words)))), f.score)
+                for f in found
             ]
-        found = by_tokens.finish(_LETTERS_CANDIDATES if by_phones else _CANDIDATES)
-        found += (f for running in by_phones for f in running.finish(_CANDIDATES))
-        weighed = self._search.weigh(log_probs + self._search.offsets, sorted({(), *(f.words for f in found)}))
+        readings = [log_probs] if again is None or self._first else [log_probs, again]
+        weighed = self._search.weigh(readings, sorted({(), *(f.words for f in found)}))
         weighed[()] += _SILENCE
         possible = sorted((words for words in weighed if weighed[words] > -np.inf), key=lambda words: -weighed[words])
         return [
@@ -404,8 +361,8 @@ class BeamDecoder:
         letters alone, letter by letter."""
         if not self._frames:
             return []
-        by_tokens, *by_phones = self._search_so_far()
-        return self._letters_of(by_phones[0].words()) if by_phones else self._spans(by_tokens.best())
+        first = self._search_so_far()[0]
+        return self._letters_of(first.words()) if self._search.by_sound else self._spans(first.best())
 
     def _letters_of(self, words: Sequence[WordSpan]) -> list[TokenSpan]:
         """The letters of words that a search by phones has found, each word's evenly over its frames."""

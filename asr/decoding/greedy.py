@@ -43,7 +43,7 @@ class GreedyDecoder:
         """The tokens so far, the open one included."""
         return self.written + self.pending()
 
-    def finish(self) -> list[Hypothesis]:
+    def finish(self, again: np.ndarray | None = None) -> list[Hypothesis]:
         """The tokens; their score is that of the best path."""
         return [Hypothesis(tuple(self.tokens()), self._score)]
 

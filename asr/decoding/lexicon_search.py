@@ -15,9 +15,9 @@ BLANK = 0
 IMPOSSIBLE = -1e4  # instead of minus infinity, where a pronunciation has more phones than there are frames
 # Hypotheses so far (natural log) behind the best are dropped; where the beam was full at the frame before, those that
 # are further than its last one was, and some more (Kaldi's adaptive beam).
-THRESHOLD, SLACK = 18.0, 2.0
+THRESHOLD, SLACK = 22.0, 2.0
 SURE = 1.5  # a blank so much (natural log) likelier than any label, priors taken off, is all that there is to a frame
-LIKELIEST = 10  # labels that are tried at a frame: a third of the work, and no more errors (docs/trials.md)
+LIKELIEST = 15  # labels that are tried at a frame (docs/trials.md)
 SURPRISE = 2.0  # base 10: words that would be dropped though a context made them so much likelier are not looked up
 _NONE = -1
 _KEY_BITS = 63

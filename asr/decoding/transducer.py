@@ -113,7 +113,7 @@ class TransducerDecoder:
         """The tokens so far."""
         return self.written.copy()
 
-    def finish(self) -> list[Hypothesis]:
+    def finish(self, again: np.ndarray | None = None) -> list[Hypothesis]:
         """The tokens; their score is that of the best path."""
         return [Hypothesis(tuple(self.written), self._score)]
 

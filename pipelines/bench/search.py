@@ -60,16 +60,16 @@ def run(setting: Setting) -> list[Figure]:
     }
     phones, lexicon = phones_at_output(folder), find_lexicon(setting.model)
     if phones and lexicon:
-        both = BeamSearch(ngrams, words, tokens, config, phones, read_pronunciations(lexicon, words))
+        sounds = BeamSearch(ngrams, words, tokens, config, phones, read_pronunciations(lexicon, words))
         heard = load_engine(folder, phones=True).log_probs(padded)  # type: ignore[union-attr]
 
-        def by_sound_too() -> None:
+        def by_sound() -> None:
             for log_probs in heard:
-                decoder = both()
+                decoder = sounds()
                 decoder.accept(log_probs)
                 decoder.finish()
 
-        parts["ours, by spelling and by sound, whole"] = by_sound_too
+        parts["ours, by sound, weighed by letters too, whole"] = by_sound
     return interleaved("beam search with language model", "x real time", setting.speech_seconds, parts, setting.rounds)
 
 
