@@ -146,19 +146,22 @@ class Network:
             batches.append(order[-rows:])
             del order[-rows:]
 
-        def log_probs(batch: list[int]) -> list[tuple[np.ndarray, np.ndarray | None]]:
-            once = self.engine.log_probs([_padded(audios[i]) for i in batch])
-            if not self.decoder().weighs:
-                return [(reading, None) for reading in once]
-            again = self.engine.log_probs([_padded(_slowed(audios[i])) for i in batch])
-            return list(zip(once, again, strict=True))
+        def readings() -> Iterator[list[np.ndarray]]:
+            for batch in batches:
+                yield [_padded(audios[i]) for i in batch]
+                if self.decoder().weighs:  # the search may be opening still, while the first batch is read
+                    yield [_padded(_slowed(audios[i])) for i in batch]
 
+        read = _one_ahead(self.engine.log_probs, readings())
         hypotheses: list[list[Hypothesis]] = [[] for _ in audios]
-        for batch, found in zip(batches, _one_ahead(log_probs, batches), strict=True):
-            for i, (once, again) in zip(batch, found, strict=True):
+        for batch in batches:
+            again: list[np.ndarray] = []
+            for row, (i, once) in enumerate(zip(batch, next(read), strict=True)):
                 decoder = self.decoder()
                 decoder.accept(once)
-                hypotheses[i] = decoder.finish(again)
+                if decoder.weighs and not again:
+                    again = next(read)
+                hypotheses[i] = decoder.finish(again[row] if again else None)
         return hypotheses
 
     def text(self, spans: Iterable[TokenSpan]) -> str:
@@ -207,18 +210,16 @@ def _slowed(samples: np.ndarray) -> np.ndarray:
     return soxr.resample(samples, SAMPLE_RATE * _SLOWER, SAMPLE_RATE)
 
 
-def _one_ahead(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+def _one_ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """What `work` makes of each item, in order; of the next one, meanwhile, while the caller has the last."""
-    if len(items) < 2:
-        yield from map(work, items)
-        return
     with ThreadPoolExecutor(1, "asr-ahead") as thread:
-        first, *others = items
-        waiting = thread.submit(work, first)
-        for item in others:
+        waiting: Future[R] | None = None
+        for item in items:
             made, waiting = waiting, thread.submit(work, item)
-            yield made.result()
-        yield waiting.result()
+            if made is not None:
+                yield made.result()
+        if waiting is not None:
+            yield waiting.result()
 
 
 def transcript_of(segments: Iterable[Segment | None], duration: float) -> Transcript:
