@@ -173,7 +173,7 @@ class BeamSearch:
             starts = ends[order] + 1 - lengths[order]
             return tree_of(table[letters[ranges(starts, lengths[order])[1]]], lengths[order], order, scores)
 
-        self.by_sound = self.by_letters = None
+        self.by_sound = self._by_letters = None
         if self._said:
             ways = tree(tree_of, self._said.phones, self._said.lengths, self._said.words, scores)
             columns = slice(len(tokens), outputs)
@@ -183,7 +183,7 @@ class BeamSearch:
             spellings = tree(tree_of_letters, letters, _token_table(index), scores)
             beam = max(config.beam // _LETTERS_SHARE, 1) if self._said else config.beam
             columns, settings = slice(0, len(tokens)), (config.lm_weight, config.word_score)
-            self.by_letters = Lexicon(spellings, scores, columns, self.space, beam, *settings)
+            self._by_letters = Lexicon(spellings, scores, columns, self.space, beam, *settings)
         self.weighs = bool(self._said or self._next_word)  # what the searches find
         self._plain = Scorer(ngrams, called, {})
         self._scorer = Scorer(ngrams, called, {tuple(numbers[w] for w in phrase): b for phrase, b in hot.items()})
@@ -192,15 +192,15 @@ class BeamSearch:
         return BeamDecoder(self)
 
     def start(self) -> list[Running]:
-        """The searches at the start of a segment, that by sound first, if there is one."""
-        return [Running(lexicon, self._scorer) for lexicon in (self.by_sound, self.by_letters) if lexicon]
+        """The searches at the start of a segment: by sound, if there is one, and by letters last."""
+        return [Running(lexicon, self._scorer) for lexicon in (self.by_sound, self._by_letters) if lexicon]
 
     def finish(self, running: Sequence[Running], most: int) -> list[Found]:
         """What each of these found, at most so many texts."""
-        # By letters a word ends with a space, and the last one has none: one more frame, where one costs nothing.
-        end = np.full((1, self.vocab_size), IMPOSSIBLE, np.float32)
-        end[0, [BLANK, self.space]] = 0.0
-        if self.by_letters:
+        if self._by_letters:
+            # By letters a word ends with a space, and the last one has none: one more frame, where one costs nothing.
+            end = np.full((1, self.vocab_size), IMPOSSIBLE, np.float32)
+            end[0, [BLANK, self.space]] = 0.0
             running[-1].read(end)
         return [found for search in running for found in search.finish(most)]
 
