@@ -14,8 +14,6 @@ from asr.features import LogMel
 from asr.models import Network
 from asr.nn import LSTM, Bidirectional, BiLSTM, Recurrent, Stacked, State, StreamingLayer, cell_of
 
-BLOCK_FRAMES = 4  # of the network, in a block of live audio: what a Session feeds (asr.runtime.reader)
-
 _EDGE = np.zeros(round(EDGE_SILENCE_SECONDS * SAMPLE_RATE), np.float32)
 _SILENT_DB = 30.0  # below the loudest frames; the quiet between words is at least so far below speech
 _PITCH_HZ = (60, 400)  # of human voices

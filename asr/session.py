@@ -19,7 +19,7 @@ from asr.snapshot import Snapshot
 from asr.vad import UNIT
 
 _EDGE = round(EDGE_SILENCE_SECONDS * SAMPLE_RATE)  # samples
-_SEARCH_FRAMES = 12  # half a second: a cut that is in no pause waits so long for the end of a word
+_SEARCH_SECONDS = 0.5  # a cut that is in no pause waits so long for the end of a word
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,7 +216,7 @@ class Session:
         if cuts:
             if self._endpoint and self._endpoint.reset and endpointer.paused:
                 self._reader.restart()
-            search = 0 if endpointer.paused else _SEARCH_FRAMES
+            search = 0 if endpointer.paused else round(_SEARCH_SECONDS * SAMPLE_RATE / self._frame_samples)
             self._cuts += [(cut, search) for cut in cuts]
 
     def _close_at_cuts(self, *, ended: bool = False) -> Work[list[Segment]]:

@@ -17,10 +17,11 @@ from rich.console import Console
 from asr.audio import SAMPLE_RATE, read_audio
 from asr.errors import AudioError, ConfigError, ModelError
 from asr.files import replacing, write_atomically
-from asr.inspect import BLOCK_FRAMES, Inspection, Layer, is_gate, loudness_range
+from asr.inspect import Inspection, Layer, is_gate, loudness_range
 from asr.inspect import inspect as inspect_network
 from asr.models import load_network
 from asr.runtime.folder import choose_network, find_networks
+from asr.runtime.reader import BLOCK_FRAMES
 
 LONGEST = 60.0  # seconds; a page with more of it is slow to draw, and too wide to read
 _PAGE = Path(__file__).with_name("inspect.html")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tones import row, tone_config, write_corpus
+from tones import changed, row, tone_config, write_corpus
 
 from asr.config import FeatureConfig
 from asr.errors import ConfigError
@@ -95,23 +95,24 @@ def test_rows_without_room_or_text_have_no_labels(aligned: tuple[Path, list[list
     assert len(dataset.alignment(80)) == len(dataset.alignment(81)) == 0
 
 
-@pytest.mark.parametrize("speed", [0.9, 1.0, 1.1])
+@pytest.mark.parametrize(("speed", "hop_ms"), [(0.9, 10), (1.0, 10), (1.1, 10), (1.0, 8), (0.9, 8)])
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_targets_follow_the_changed_audio(
-    aligned: tuple[Path, list[list[str]]], speed: float, bidirectional: bool
+def test_targets_follow_the_changed_audio_and_the_frames(
+    aligned: tuple[Path, list[list[str]]], speed: float, hop_ms: int, bidirectional: bool
 ) -> None:
     folder, truth = aligned
-    config = tone_config(folder, bidirectional=bidirectional)
+    config = changed(tone_config(folder, bidirectional=bidirectional), "features", hop_ms=hop_ms)
     corpus = Corpus([str(folder)])
     loader = Loader(corpus, config, config.features.hop)
     samples = int(corpus.n_samples[0] / speed) + 2 * EDGE_SAMPLES
     plan = Plan((0,), (speed,), -(-samples // 5120) * 5120)
     states = loader.batch(plan, 0).states[0].numpy()
     names = sorted({SILENCE, *PITCH})
-    delay = 0.0 if bidirectional else 0.08
+    frame = 4 * hop_ms / 1000
+    delay = 0.0 if bidirectional else 2 * frame
     agree = []
     for t, state in enumerate(states):
-        time = (t * 0.04 - delay - 0.25) * speed
+        time = (t * frame - delay - 0.25) * speed
         want = truth[0][int(time * 100)] if 0 <= time * 100 < len(truth[0]) else SILENCE
         agree.append(names[state // STATES] == want)
     assert np.mean(agree) > 0.75

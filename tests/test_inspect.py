@@ -19,11 +19,12 @@ from torch import nn
 from asr.audio import read_audio
 from asr.config import FeatureConfig, ModelConfig, NetworkConfig
 from asr.errors import AudioError, ConfigError, ModelError
-from asr.inspect import BLOCK_FRAMES, Inspection, Layer, find_followers, inspect, memory_ms, named_events
+from asr.inspect import Inspection, Layer, find_followers, inspect, memory_ms, named_events
 from asr.models import Network, load_network, save_network
 from asr.nn import CELLS
 from asr.recognizer import Recognizer
 from asr.runtime.folder import shipped_model
+from asr.runtime.reader import BLOCK_FRAMES
 from asr.text import Tokenizer
 from pipelines.cli import main
 from pipelines.inspect import inspect as inspect_files

@@ -23,6 +23,7 @@ from asr.endpoint import EndpointConfig
 from asr.errors import AsrError, AudioError, ConfigError, ModelError, Overloaded
 from asr.recognizer import Network, Recognizer, Transcript, Update
 from asr.runtime import State
+from asr.runtime.reader import BLOCK_FRAMES
 from asr.streams import Stream, Streams
 
 SAMPLES = Path(__file__).parents[1] / "scripts" / "samples" / "audio"
@@ -133,12 +134,13 @@ def test_blocks_of_many_streams_are_one_step(gated: tuple[Recognizer, GatedEngin
 def test_a_block_waits_for_company_only_if_some_can_come(gated: tuple[Recognizer, GatedEngine]) -> None:
     model, engine = gated
     engine.gate.set()
-    block = np.zeros(2560, np.float32)  # one step; with the silence before the first one two
+    # one step; with the 4000 samples of silence before the first one two
+    block = np.zeros(BLOCK_FRAMES * 640, np.float32)
     with Streams(model, wait_ms=3_600_000) as streams:
         first = streams.open()
         result(first.feed(block))
         second = streams.open()
-        for samples in (block[:1120], np.tile(block, 2)):
+        for samples in (block[: 2 * len(block) - 4000], np.tile(block, 2)):
             waiting = first.feed(np.tile(block, 2))
             with pytest.raises(TimeoutError):
                 waiting.result(timeout=0.2)

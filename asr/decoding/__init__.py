@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-_HELD_FRAMES = 5  # a decoder may hold a word's last letter through the silence after it: no longer than this counts
+_HELD_SECONDS = 0.2  # a decoder may hold a word's last letter through the silence after it: no longer than this counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +105,7 @@ def words_from_tokens(
     """
     words: list[Word] = []
     text, first, last, confidence = "", 0, 0, 1.0
+    held = max(round(_HELD_SECONDS / frame), 1)
 
     def close() -> None:
         nonlocal text, confidence
@@ -119,7 +120,7 @@ def words_from_tokens(
             close()
         if token.strip():
             first = first if text else span.start_frame
-            last = min(span.end_frame, span.start_frame + _HELD_FRAMES)
+            last = min(span.end_frame, span.start_frame + held)
             text += token.strip()
             confidence *= span.confidence
         if token.endswith(" "):

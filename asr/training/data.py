@@ -390,7 +390,7 @@ class Loader:
         if not len(known):
             return np.full(frames, UNKNOWN)
         position = (np.arange(frames) - self.delay) * stride - EDGE_SAMPLES - lead  # of its middle, in changed audio
-        labels = np.floor(position * speed / self.hop).astype(np.int64)
+        labels = np.floor(position * speed / LABEL_SAMPLES).astype(np.int64)
         inside = (labels >= 0) & (labels < len(known))
         return np.where(inside, known[labels.clip(0, len(known) - 1)], known[0])  # known[0] is silence
 

@@ -23,6 +23,7 @@ from asr.augment import (
 from asr.config import TrainConfig
 from asr.nn.layer import valid
 from asr.training.data import EDGE_SAMPLES, ROW_STREAM, UNKNOWN, Batch, Corpus, Loader, Plan
+from asr.training.shards import LABEL_SAMPLES
 
 
 def fits(corpus: Corpus, device: torch.device) -> bool:
@@ -214,7 +215,7 @@ class DeviceLoader(Loader):
         stride = self.hop * int(np.prod(self.config.model.strides))
         time = torch.arange(samples // stride, device=self.device)[None]
         position = (time - self.delay) * stride - EDGE_SAMPLES - put(leads)[:, None]
-        index = torch.floor(position * put(speeds)[:, None] / self.hop).long()
+        index = torch.floor(position * put(speeds)[:, None] / LABEL_SAMPLES).long()
         known = self.labels.lengths[rows]
         first = self.labels.at(rows, torch.zeros_like(index[:, :1]))  # which is silence
         inside = (index >= 0) & (index < put(known)[:, None])

@@ -44,8 +44,11 @@ def check_inputs(config: TrainConfig, run: Path) -> None:
                 f"{folder}: holds features, so the waveform cannot be augmented; set augment.speeds = [1.0], "
                 "gain_db, quiet_db and the probabilities to 0, or prepare with --store audio"
             )
+        wanted = dataclasses.asdict(config.features)
         made_with = dataset.info.get("features", dataclasses.asdict(FeatureConfig()))
-        if made_with != dataclasses.asdict(config.features):
+        if dataset.info["store"] == "audio":  # its statistics are those of other frames as well
+            made_with = {**made_with, "hop_ms": wanted["hop_ms"]}
+        if made_with != wanted:
             raise ConfigError(f"{folder}: its statistics are of features {made_with}, [features] asks for others")
     weight = config.training.alignment_weight
     if weight and not (aligned and config.model.phone_layer):

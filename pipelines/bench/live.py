@@ -14,11 +14,11 @@ from asr.features import LogMel
 from asr.models import load_network
 from asr.recognizer import Recognizer
 from asr.runtime import StreamingEngine, load_engine
+from asr.runtime.reader import BLOCK_FRAMES
 from pipelines.bench.figures import Figure, interleaved, single
 from pipelines.bench.limits import lstm_stack, measured, work_of
 from pipelines.bench.setting import Setting
 
-_BLOCK_FRAMES = 4  # what a session reads at a time
 _SECONDS = 8.0
 # A process that only recognizes: its memory with the model, and with a thousand streams that have heard a second each.
 _MEMORY = """
@@ -69,11 +69,13 @@ def exactness(setting: Setting) -> list[Figure]:
 
 
 def run(setting: Setting) -> list[Figure]:
-    """Microseconds a frame in blocks of 40 and of 160 ms; memory."""
+    """Microseconds a frame, in blocks of one frame and of as many as a session reads at a time; memory."""
     folder = setting.network("streaming")
     network = load_network(folder).requires_grad_(False)
     frame, limits = network.stride, measured(1)[0]
-    samples = np.resize(np.concatenate(setting.speech), int(_SECONDS * SAMPLE_RATE) // (4 * frame) * 4 * frame)
+    block = BLOCK_FRAMES * frame
+    one, more = (f"{1000 * samples / SAMPLE_RATE:g} ms" for samples in (frame, block))
+    samples = np.resize(np.concatenate(setting.speech), int(_SECONDS * SAMPLE_RATE) // block * block)
     frames = len(samples) // frame
     tensor = torch.from_numpy(samples)[None]
     engine = cast(StreamingEngine, load_engine(folder))
@@ -108,12 +110,12 @@ def run(setting: Setting) -> list[Figure]:
     if lstms:
         parts["stepping torch.nn.LSTM, its layers alone"] = stepping_lstms
     parts |= {
-        "stepping PyTorch, whole network, 40 ms blocks": lambda: stepping(frame),
-        "stepping PyTorch, whole network, 160 ms blocks": lambda: stepping(_BLOCK_FRAMES * frame),
-        "the graph alone, 40 ms blocks": lambda: graph(frame),
-        "the graph alone, 160 ms blocks": lambda: graph(_BLOCK_FRAMES * frame),
-        "a session, fed 40 ms at a time": lambda: session(frame),
-        "a session, fed 160 ms at a time": lambda: session(_BLOCK_FRAMES * frame),
+        f"stepping PyTorch, whole network, {one} blocks": lambda: stepping(frame),
+        f"stepping PyTorch, whole network, {more} blocks": lambda: stepping(block),
+        f"the graph alone, {one} blocks": lambda: graph(frame),
+        f"the graph alone, {more} blocks": lambda: graph(block),
+        f"a session, fed {one} at a time": lambda: session(frame),
+        f"a session, fed {more} at a time": lambda: session(block),
     }
     precision = "int8" if (folder / "model.int8.onnx").is_file() else "fp32"
     least = {
@@ -123,7 +125,7 @@ def run(setting: Setting) -> list[Figure]:
     }  # fmt: skip
     section = f"one live stream, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M weights, {precision}"
     with torch.no_grad():
-        unit = f"us a frame of {1000 * frame // SAMPLE_RATE} ms"
+        unit = f"us a frame of {one}"
         figures = interleaved(section, unit, frames, parts, setting.rounds, per=True, ideal=least)
     return [*figures, *_memory(section, setting)]
 

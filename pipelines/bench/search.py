@@ -11,16 +11,16 @@ from asr.decoding.beam import BeamConfig, BeamSearch
 from asr.decoding.greedy import GreedyDecoder
 from asr.decoding.language_model import Automaton
 from asr.decoding.lexicon_search import LIKELIEST, THRESHOLD
+from asr.decoding.next_word import TextScorer
 from asr.decoding.ngram import NgramModel
 from asr.decoding.ngram_files import read_ngrams, write_arpa
 from asr.lexicon import read_pronunciations
 from asr.runtime import load_engine
-from asr.runtime.folder import find_language_model, find_lexicon, phones_at_output
+from asr.runtime.folder import find_language_model, find_lexicon, find_next_word, phones_at_output
+from asr.runtime.reader import BLOCK_FRAMES
 from asr.text import Tokenizer
 from pipelines.bench.figures import Figure, interleaved
 from pipelines.bench.setting import Setting
-
-_BLOCK_FRAMES = 4
 
 
 def run(setting: Setting) -> list[Figure]:
@@ -54,13 +54,15 @@ def run(setting: Setting) -> list[Figure]:
     parts = {
         **({} if decode is None else {"flashlight-text, the words of the best path": lambda: decode(spoken)}),
         "ours, whole": lambda: ours(None),
-        "ours, 160 ms blocks": lambda: ours(_BLOCK_FRAMES),
-        "ours, 160 ms blocks, partial text after each": lambda: ours(_BLOCK_FRAMES, partial=True),
+        "ours, in blocks": lambda: ours(BLOCK_FRAMES),
+        "ours, in blocks, partial text after each": lambda: ours(BLOCK_FRAMES, partial=True),
         "greedy, whole": greedy,
     }
     phones, lexicon = phones_at_output(folder), find_lexicon(setting.model)
     if phones and lexicon:
-        sounds = BeamSearch(ngrams, words, tokens, config, phones, read_pronunciations(lexicon, words))
+        said, next_word = read_pronunciations(lexicon, words), find_next_word(setting.model)
+        scorer = TextScorer(next_word) if next_word else None
+        sounds = BeamSearch(ngrams, words, tokens, config, phones, said, scorer)
         heard = load_engine(folder, phones=True).log_probs(padded)  # type: ignore[union-attr]
 
         def by_sound() -> None:
@@ -69,7 +71,7 @@ def run(setting: Setting) -> list[Figure]:
                 decoder.accept(log_probs)
                 decoder.finish()
 
-        parts["ours, by sound, weighed by letters too, whole"] = by_sound
+        parts["ours, by sound, weighed by letters and next words too, whole"] = by_sound
     return interleaved("beam search with language model", "x real time", setting.speech_seconds, parts, setting.rounds)
 
 
