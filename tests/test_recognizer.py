@@ -218,7 +218,7 @@ def test_a_partial_tells_every_whole_block_and_the_end_what_is_left(latency: int
     audio = speech(2.5)[:samples]
     session = model.stream()
     update = session.feed(audio)
-    frames = (len(EDGE) + samples) // (BLOCK_FRAMES * 640) * BLOCK_FRAMES - latency
+    frames = (len(EDGE) + samples) // (BLOCK_FRAMES * FRAME) * BLOCK_FRAMES - latency
     padded = np.concatenate([EDGE, audio, EDGE])
     values = path(padded, latency)
     assert update.partial == text(values[: max(frames, 0)])

@@ -74,7 +74,7 @@ def run(setting: Setting) -> list[Figure]:
     network = load_network(folder).requires_grad_(False)
     frame, limits = network.stride, measured(1)[0]
     block = BLOCK_FRAMES * frame
-    one, more = (f"{1000 * samples / SAMPLE_RATE:g} ms" for samples in (frame, block))
+    one, more = (f"{1000 * size / SAMPLE_RATE:g} ms" for size in (frame, block))
     samples = np.resize(np.concatenate(setting.speech), int(_SECONDS * SAMPLE_RATE) // block * block)
     frames = len(samples) // frame
     tensor = torch.from_numpy(samples)[None]
