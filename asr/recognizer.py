@@ -38,7 +38,7 @@ from asr.runtime.folder import (
     phones_at_output,
     read_priors,
 )
-from asr.runtime.reader import BLOCK_FRAMES, Work, run_together
+from asr.runtime.reader import Work, run_together
 from asr.session import Clock, Session, Update
 from asr.snapshot import Snapshot
 from asr.text import Tokenizer
@@ -197,7 +197,7 @@ class Recognizer:
         endpoint: EndpointConfig | EllipsisType | None = ...,
         two_pass: bool = False,
         keep_segments: bool = True,
-        block_frames: int = BLOCK_FRAMES,
+        block_frames: int | None = None,
     ) -> Session:
         """Open a session for live audio.
 
@@ -207,7 +207,8 @@ class Recognizer:
             two_pass: a finished segment is read again by the offline network before it is final.
             keep_segments: `Session.finish` tells all of them; False, for sessions that last for days: those alone
                 that no Update has told.
-            block_frames: of the network, that are read at a time: fewer show text sooner and cost more.
+            block_frames: of the network, that are read at a time: fewer show text sooner and cost more; None: as many
+                as make 160 ms, or nearly.
 
         Raises:
             AudioError: a rate outside 8 to 192 kHz.

@@ -14,7 +14,7 @@ from asr.endpoint import EndpointConfig, Endpointer
 from asr.errors import AsrError, ConfigError
 from asr.network import Network, Segment, Transcript, transcript_of
 from asr.runtime import StreamingEngine
-from asr.runtime.reader import BLOCK_FRAMES, Later, Step, StreamReader, Work, parted, run
+from asr.runtime.reader import Later, Step, StreamReader, Work, parted, run
 from asr.snapshot import Snapshot
 from asr.vad import UNIT
 
@@ -46,7 +46,8 @@ class Session:
     Args:
         network: the streaming network.
         second: the offline network, if it reads finished segments again.
-        block_frames: of the network, that are read at a time: fewer show text sooner and cost more.
+        block_frames: of the network, that are read at a time: fewer show text sooner and cost more; None: as many as
+            make 160 ms, or nearly.
     """
 
     shared = ("_network", "_second", "_endpoint", "_finished")  # not of the state that asr.snapshot keeps
@@ -59,11 +60,11 @@ class Session:
         *,
         second: Network | None = None,
         keep_segments: bool = True,
-        block_frames: int = BLOCK_FRAMES,
+        block_frames: int | None = None,
     ) -> None:
         if second is not None and endpoint is None:
             raise ConfigError("two_pass: a segment that never ends is never read again; give an endpoint")
-        if block_frames < 1:
+        if block_frames is not None and block_frames < 1:
             raise ConfigError(f"block_frames = {block_frames!r}: must be at least 1")
         self._clock = Clock(sample_rate)
         self._network, self._second = network, second

@@ -17,6 +17,7 @@ from asr.manifest import Utterance, read_manifest
 from asr.metrics import ErrorCounts, align_words, count_errors
 from asr.runtime import load_engine
 from asr.runtime.folder import find_networks
+from asr.runtime.reader import usual_block
 from asr.text import Tokenizer, normalize
 from pipelines.evaluate import read_row
 from pipelines.evaluate_live import Partials, Stability, join, lay_out
@@ -25,7 +26,6 @@ from pipelines.transcribe import RecognizerOptions
 if TYPE_CHECKING:
     from asr.recognizer import Recognizer
 
-BLOCKS = (1, 2, 4, 8)  # frames of the network that are read at a time
 _PIECE_SECONDS = 60.0
 _LAST_PAUSE = 3.0  # seconds after a piece, in which its last words become final
 _FEED = SAMPLE_RATE // 100  # samples: text is looked at so often
@@ -77,9 +77,14 @@ class _Piece:
 
 
 def measure_latency(
-    manifests: Sequence[Path], options: RecognizerOptions, models: Sequence[Path | None], blocks: Sequence[int] = BLOCKS
+    manifests: Sequence[Path],
+    options: RecognizerOptions,
+    models: Sequence[Path | None],
+    blocks: Sequence[int] | None = None,
 ) -> tuple[list[Latency], list[Problem]]:
-    """Read the joined utterances of each speaker live, with each model and in blocks of each size.
+    """Read the joined utterances of each speaker live, with each model and in blocks of each size, in its frames.
+
+    None: one frame, two, as many as a session reads at a time, and twice those.
 
     The ends of words come from forced alignment by the first model's offline network, or its streaming one where it
     has no other.
@@ -93,7 +98,8 @@ def measure_latency(
     results: list[Latency] = []
     for model in models:
         recognizer = replace(options, model=model).load()
-        for block in blocks:
+        usual = usual_block(recognizer.stream().engine.samples_per_frame)
+        for block in blocks or (1, 2, usual, 2 * usual):
             results.append(_measure(recognizer, "shipped" if model is None else str(model), block, pieces))
     return results, problems
 

@@ -21,7 +21,7 @@ from asr.inspect import Inspection, Layer, is_gate, loudness_range
 from asr.inspect import inspect as inspect_network
 from asr.models import load_network
 from asr.runtime.folder import choose_network, find_networks
-from asr.runtime.reader import BLOCK_FRAMES
+from asr.runtime.reader import usual_block
 
 LONGEST = 60.0  # seconds; a page with more of it is slow to draw, and too wide to read
 _PAGE = Path(__file__).with_name("inspect.html")
@@ -74,7 +74,7 @@ def inspect(
     with Console(stderr=True).status("listening", spinner="line"):
         for model, folder in zip(models, folders, strict=True):
             network = load_network(folder).requires_grad_(False)
-            blocks = None if network.config.model.bidirectional else BLOCK_FRAMES
+            blocks = None if network.config.model.bidirectional else usual_block(network.stride)
             found = inspect_network(network, samples, block_frames=blocks)
             name = f"shipped model, {folder.name}" if model is None else str(folder)
             seen.append(Seen(name=name, recording=audio.name, samples=samples, inspection=only(found, layer)))

@@ -24,7 +24,7 @@ from asr.models import Network, load_network, save_network
 from asr.nn import CELLS
 from asr.recognizer import Recognizer
 from asr.runtime.folder import shipped_model
-from asr.runtime.reader import BLOCK_FRAMES
+from asr.runtime.reader import usual_block
 from asr.text import Tokenizer
 from pipelines.cli import main
 from pipelines.inspect import inspect as inspect_files
@@ -113,7 +113,7 @@ def test_of_the_shipped_model_too(kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", CELLS)
-@pytest.mark.parametrize("block", [1, BLOCK_FRAMES])
+@pytest.mark.parametrize("block", [1, usual_block(640)])
 def test_live_in_blocks_equals_the_whole(name: str, block: int) -> None:
     net = network(bidirectional=False, cell=name, look_ahead=2)
     whole, live = inspect(net, noise()), inspect(net, noise(), block_frames=block)

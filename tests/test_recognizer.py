@@ -21,7 +21,7 @@ from asr.endpoint import EndpointConfig, Endpointer
 from asr.errors import AsrError, AudioError, ConfigError, ModelError
 from asr.recognizer import Network, Recognizer, Session, Transcript
 from asr.runtime import State
-from asr.runtime.reader import BLOCK_FRAMES
+from asr.runtime.reader import usual_block
 from asr.text import Tokenizer
 
 FRAME = 640
@@ -218,7 +218,7 @@ def test_a_partial_tells_every_whole_block_and_the_end_what_is_left(latency: int
     audio = speech(2.5)[:samples]
     session = model.stream()
     update = session.feed(audio)
-    frames = (len(EDGE) + samples) // (BLOCK_FRAMES * FRAME) * BLOCK_FRAMES - latency
+    frames = (len(EDGE) + samples) // (usual_block(FRAME) * FRAME) * usual_block(FRAME) - latency
     padded = np.concatenate([EDGE, audio, EDGE])
     values = path(padded, latency)
     assert update.partial == text(values[: max(frames, 0)])

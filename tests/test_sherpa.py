@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from conftest import SHARED
@@ -173,6 +174,21 @@ def test_any_network_read_in_blocks_of_150_ms_gives_pytorchs_log_probabilities(
     got = read_as_sherpa(path, audio, network)
     inside = len(expected) - network.latency  # after the end it hears silence where PyTorch hears nothing
     np.testing.assert_allclose(got[:inside], expected[:inside], atol=1e-3)
+
+
+@pytest.mark.parametrize("strides", [(2, 2), (3, 1), (2, 1), (1, 1)], ids=str)
+def test_any_network_of_files_tells_what_it_says_each_20_ms(strides: tuple[int, ...], tmp_path: Path) -> None:
+    network = tiny(bidirectional=True, strides=strides)
+    path = tmp_path / "model.onnx"
+    onnx.save(build_sherpa_graph(network), str(path))
+    speech = check_speech()[: SAMPLE_RATE - 100]
+    edge = np.zeros(4_000, np.float32)
+    audio = np.concatenate([edge, speech - speech.mean(), edge])
+    expected = network(torch.from_numpy(audio)[None], torch.tensor([len(audio)]))[0][0].numpy()
+    np.testing.assert_allclose(read_as_sherpa(path, audio, network), expected, atol=1e-3)
+    centred = (speech - speech.mean()) / np.sqrt(speech.var() + 1e-5)
+    (told,) = onnxruntime.InferenceSession(path).run(None, {"samples": centred[None].astype(np.float32)})
+    assert np.asarray(told).shape[1] == len(expected) * network.stride // min(network.stride, SAMPLE_RATE // 50)
 
 
 def test_what_cannot_run_there_is_refused_by_name() -> None:

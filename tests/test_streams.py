@@ -23,7 +23,7 @@ from asr.endpoint import EndpointConfig
 from asr.errors import AsrError, AudioError, ConfigError, ModelError, Overloaded
 from asr.recognizer import Network, Recognizer, Transcript, Update
 from asr.runtime import State
-from asr.runtime.reader import BLOCK_FRAMES
+from asr.runtime.reader import usual_block
 from asr.streams import Stream, Streams
 
 SAMPLES = Path(__file__).parents[1] / "scripts" / "samples" / "audio"
@@ -135,7 +135,7 @@ def test_a_block_waits_for_company_only_if_some_can_come(gated: tuple[Recognizer
     model, engine = gated
     engine.gate.set()
     # one step; with the 4000 samples of silence before the first one two
-    block = np.zeros(BLOCK_FRAMES * 640, np.float32)
+    block = np.zeros(usual_block(640) * 640, np.float32)
     with Streams(model, wait_ms=3_600_000) as streams:
         first = streams.open()
         result(first.feed(block))

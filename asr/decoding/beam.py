@@ -25,7 +25,7 @@ from asr.lexicon import Pronunciations
 _SPACE = " "
 _COMMON_WORDS = 1000  # on the way to their end, hot words count as no more likely than the least of so many words
 # An utterance that does not end is committed word by word, so that cost and memory stay bounded: each 60 s
-# (of 40 ms frames) all but the last 10 s; endpointing cuts sooner.
+# (of 40 ms frames; 45 s of 30 ms) all but the last sixth; endpointing cuts sooner.
 _COMMIT_FRAMES = 1500
 _LOOKBACK_FRAMES = 250
 # The search by phones takes the language model's weight times this, and adds that to a word's score: there are fewer

@@ -20,7 +20,7 @@ from asr.runtime.export_graph import GraphBuilder, check_speech
 from asr.runtime.folder import GRAPHS, LM_FOLDER, NEXT_WORD_FOLDER, PREDICTION_FILE, WEIGHTS_FILE
 from asr.runtime.onnx import OnnxOffline, open_graph
 from asr.runtime.quantise import quantise
-from asr.runtime.reader import BLOCK_FRAMES
+from asr.runtime.reader import usual_block
 from asr.runtime.sherpa import build_sherpa_graph, read_as_sherpa, sherpa_tokens
 from asr.weights import save_small_weights
 
@@ -125,7 +125,7 @@ def _read(path: Path, audio: np.ndarray, network: Network) -> np.ndarray:
     if isinstance(engine, OnnxOffline):
         return engine.log_probs([audio])[0]
     state, parts = engine.initial_state(), []
-    block, whole = BLOCK_FRAMES * network.stride, len(audio) // network.stride * network.stride
+    block, whole = usual_block(network.stride) * network.stride, len(audio) // network.stride * network.stride
     for start in range(0, whole, block):
         log_probs, state = engine.step(audio[None, start : min(start + block, whole)], state)
         parts.append(log_probs[0])

@@ -16,9 +16,14 @@ from asr.decoding import Best, Decoder, best_of
 from asr.runtime import State, StreamingEngine
 
 _EDGE = np.zeros(round(EDGE_SILENCE_SECONDS * SAMPLE_RATE), np.float32)
-BLOCK_FRAMES = 4  # of the network: 0.16 s where a frame is 40 ms
+_BLOCK_SECONDS = 0.16  # of live audio are read at a time, or a little less or more: whole frames
 _CHECKPOINT_BLOCKS = 6  # a segment that is cut in its past is decoded again from at most so far back
 T = TypeVar("T")
+
+
+def usual_block(samples_per_frame: int) -> int:
+    """How many frames of a network are read at a time: 4 of 40 ms, 5 of 30 ms."""
+    return max(1, round(_BLOCK_SECONDS * SAMPLE_RATE / samples_per_frame))
 
 
 class Step(NamedTuple):
@@ -66,7 +71,7 @@ class StreamReader:
         open_decoder: makes a decoder for each segment.
         visible: which tokens can be seen, (vocabulary,): neither the blank nor spaces.
         lookback: samples; `cut` goes back no further.
-        block_frames: of the network, that are read at a time.
+        block_frames: of the network, that are read at a time; None: `usual_block`.
     """
 
     # not of the state that asr.snapshot keeps
@@ -78,7 +83,7 @@ class StreamReader:
         open_decoder: Callable[[], Decoder],
         visible: np.ndarray,
         lookback: int,
-        block_frames: int = BLOCK_FRAMES,
+        block_frames: int | None = None,
     ) -> None:
         self.decoder = open_decoder()
         self.start = self.frames = self.written = 0
@@ -90,7 +95,7 @@ class StreamReader:
         self._state = self._first = engine.initial_state()
         self._void = engine.latency_frames  # output frames still to be dropped
         self._lost = 0  # output frames still to be taken for blanks
-        self._block = block_frames * engine.samples_per_frame
+        self._block = (block_frames or usual_block(engine.samples_per_frame)) * engine.samples_per_frame
         self._kept = -(-lookback // self._block)  # blocks
         self._past: deque[tuple[np.ndarray, Decoder | None]] = deque()  # log-probabilities, the decoder before them
         self._waiting = [_EDGE]  # samples that fill no block yet

@@ -210,12 +210,20 @@ class _OfflineGraph(GraphBuilder):
         frames = self.op("Div", samples, self.ints([self.network.stride]))
         self.lengths = self.op("Cast", self.op("Expand", frames, batch), to=TensorProto.INT32)
         log_probs = self.add_layers(audio)
-        repeats, tokens = max(1, self.network.stride // _OFFLINE_FRAME), len(self.network.tokenizer)
-        tiled = self.op("Tile", self.op("Unsqueeze", log_probs, self.ints([2])), self.ints([1, 1, repeats, 1]))
-        self.op("Reshape", tiled, self.ints([0, -1, tokens]), name="log_probs")
+        # every 20 ms the frame that is there: CTC reads a frame that stands twice as one
+        slots = self.op("Squeeze", self.op("Div", samples, self.ints([_slot(self.network)])))
+        times = self.op("Range", self.constant(np.array(0)), slots, self.constant(np.array(1)))
+        times = self.op("Mul", times, self.ints([_slot(self.network)]))
+        self.op("Gather", log_probs, self.op("Div", times, self.ints([self.network.stride])), axis=1, name="log_probs")
         inputs = [helper.make_tensor_value_info("samples", TensorProto.FLOAT, ["batch", "time"])]
-        outputs = [helper.make_tensor_value_info("log_probs", TensorProto.FLOAT, ["batch", "frames", tokens])]
+        columns = len(self.network.tokenizer)
+        outputs = [helper.make_tensor_value_info("log_probs", TensorProto.FLOAT, ["batch", "frames", columns])]
         return self.model(inputs, outputs, {"model_type": "omnilingual-asr", "precision": "fp32"})
+
+
+def _slot(network: Network) -> int:
+    """Samples to a frame of the offline graph; a network of shorter frames than sherpa-onnx's keeps its own."""
+    return min(_OFFLINE_FRAME, network.stride)
 
 
 def read_as_sherpa(path: Path, audio: np.ndarray, network: Network) -> np.ndarray:
@@ -231,7 +239,8 @@ def _read_offline(session: Any, audio: np.ndarray, network: Network) -> np.ndarr
     samples = audio[_EDGE : len(audio) - _EDGE]  # the graph adds the edges itself
     normalised = (samples - samples.mean()) / np.sqrt(samples.var() + np.float32(_EPSILON))
     (log_probs,) = session.run(None, {"samples": normalised[None].astype(np.float32)})
-    return log_probs[0][:: max(1, network.stride // _OFFLINE_FRAME)]
+    first = -(-np.arange(len(audio) // network.stride) * network.stride // _slot(network))  # slot of each frame
+    return log_probs[0][first]
 
 
 def _read_streaming(session: Any, audio: np.ndarray, network: Network) -> np.ndarray:

@@ -14,7 +14,7 @@ from asr.features import LogMel
 from asr.models import load_network
 from asr.recognizer import Recognizer
 from asr.runtime import StreamingEngine, load_engine
-from asr.runtime.reader import BLOCK_FRAMES
+from asr.runtime.reader import usual_block
 from pipelines.bench.figures import Figure, interleaved, single
 from pipelines.bench.limits import lstm_stack, measured, work_of
 from pipelines.bench.setting import Setting
@@ -73,7 +73,7 @@ def run(setting: Setting) -> list[Figure]:
     folder = setting.network("streaming")
     network = load_network(folder).requires_grad_(False)
     frame, limits = network.stride, measured(1)[0]
-    block = BLOCK_FRAMES * frame
+    block = usual_block(frame) * frame
     one, more = (f"{1000 * size / SAMPLE_RATE:g} ms" for size in (frame, block))
     samples = np.resize(np.concatenate(setting.speech), int(_SECONDS * SAMPLE_RATE) // block * block)
     frames = len(samples) // frame

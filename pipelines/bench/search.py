@@ -17,7 +17,7 @@ from asr.decoding.ngram_files import read_ngrams, write_arpa
 from asr.lexicon import read_pronunciations
 from asr.runtime import load_engine
 from asr.runtime.folder import find_language_model, find_lexicon, find_next_word, phones_at_output
-from asr.runtime.reader import BLOCK_FRAMES
+from asr.runtime.reader import usual_block
 from asr.text import Tokenizer
 from pipelines.bench.figures import Figure, interleaved
 from pipelines.bench.setting import Setting
@@ -32,6 +32,7 @@ def run(setting: Setting) -> list[Figure]:
     search = BeamSearch(ngrams, words, tokens, config)
     edge = np.zeros(round(EDGE_SILENCE_SECONDS * SAMPLE_RATE), np.float32)
     engine = load_engine(folder)
+    block = usual_block(engine.samples_per_frame)
     padded = [np.concatenate([edge, x, edge]) for x in setting.speech]
     spoken = engine.log_probs(padded)  # type: ignore[union-attr]
 
@@ -54,8 +55,8 @@ def run(setting: Setting) -> list[Figure]:
     parts = {
         **({} if decode is None else {"flashlight-text, the words of the best path": lambda: decode(spoken)}),
         "ours, whole": lambda: ours(None),
-        "ours, in blocks": lambda: ours(BLOCK_FRAMES),
-        "ours, in blocks, partial text after each": lambda: ours(BLOCK_FRAMES, partial=True),
+        "ours, in blocks": lambda: ours(block),
+        "ours, in blocks, partial text after each": lambda: ours(block, partial=True),
         "greedy, whole": greedy,
     }
     phones, lexicon = phones_at_output(folder), find_lexicon(setting.model)
