@@ -31,6 +31,7 @@ _LOOKBACK_FRAMES = 250
 # The search by phones takes the language model's weight times this, and adds that to a word's score: there are fewer
 # phones than letters.
 _BY_PHONES = (0.87, -0.5)
+_ONCE = (1.1, -0.75)  # likewise, where what it found was heard in one reading, which says less than two
 _SHARPNESS = 0.3  # of the probabilities that scores stand for: as they are, the best text would be all but certain
 _HEARD = 0.1  # exponent of the tokens' probabilities in a word's confidence: many right words were hardly heard
 _LETTERS_SHARE = 16  # of the hypotheses, one in so many is by letters where words without a pronunciation want it
@@ -213,7 +214,8 @@ class BeamSearch:
         """
         config, lengths = self.config, np.array([len(words) for words in texts])
         heard = np.mean([self._heard(log_probs + self.offsets, texts) for log_probs in readings], axis=0)
-        total = heard + config.lm_weight * self._language(texts) + config.word_score * lengths
+        factor, more = _ONCE if self._said and len(readings) == 1 else (1.0, 0.0)
+        total = heard + factor * config.lm_weight * self._language(texts) + (config.word_score + more) * lengths
         return dict(zip(texts, total.tolist(), strict=True))
 
     def _heard(self, log_probs: np.ndarray, texts: Sequence[tuple[int, ...]]) -> np.ndarray:
