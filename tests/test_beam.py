@@ -388,8 +388,9 @@ def test_a_second_reading_counts_as_much_as_the_first(monkeypatch: pytest.Monkey
 
     assert text(found().tokens, tokens) == "to"
     assert text(found(again).tokens, tokens) == "two"
-    assert text(found(once).tokens, tokens) == "to"
     assert found(once).score > found().score  # heard once, the language model takes off more
+    monkeypatch.setattr(beam_module, "_ONCE", (1.0, 0.0))
+    assert found(once) == found()
     monkeypatch.setattr(beam_module, "_COMMIT_FRAMES", 6)  # of the segment's beginning nothing is left to weigh
     monkeypatch.setattr(beam_module, "_LOOKBACK_FRAMES", 2)
     assert found(again) == found()

@@ -211,13 +211,12 @@ class _OfflineGraph(GraphBuilder):
         self.lengths = self.op("Cast", self.op("Expand", frames, batch), to=TensorProto.INT32)
         log_probs = self.add_layers(audio)
         # every 20 ms the frame that is there: CTC reads a frame that stands twice as one
-        slots = self.op("Squeeze", self.op("Div", samples, self.ints([_slot(self.network)])))
-        times = self.op("Range", self.constant(np.array(0)), slots, self.constant(np.array(1)))
-        times = self.op("Mul", times, self.ints([_slot(self.network)]))
+        slot, tokens = self.ints([_slot(self.network)]), len(self.network.tokenizer)
+        slots = self.op("Squeeze", self.op("Div", samples, slot))
+        times = self.op("Mul", self.op("Range", self.constant(np.array(0)), slots, self.constant(np.array(1))), slot)
         self.op("Gather", log_probs, self.op("Div", times, self.ints([self.network.stride])), axis=1, name="log_probs")
         inputs = [helper.make_tensor_value_info("samples", TensorProto.FLOAT, ["batch", "time"])]
-        columns = len(self.network.tokenizer)
-        outputs = [helper.make_tensor_value_info("log_probs", TensorProto.FLOAT, ["batch", "frames", columns])]
+        outputs = [helper.make_tensor_value_info("log_probs", TensorProto.FLOAT, ["batch", "frames", tokens])]
         return self.model(inputs, outputs, {"model_type": "omnilingual-asr", "precision": "fp32"})
 
 
