@@ -368,14 +368,21 @@ class BeamDecoder:
 
     def _letters_of(self, words: Sequence[WordSpan]) -> list[TokenSpan]:
         """The letters of words that a search by phones has found, each word's evenly over its frames."""
-        phones, spans = np.concatenate(self._blocks)[:, self._search.vocab_size :], []
-        for word, start, labels in words:
-            letters, end = self._search.letters(word), start + len(labels)
-            said = np.flatnonzero(labels != BLANK)
-            sure = min(float(np.exp(phones[start + said, labels[said]]).mean()), 1.0) ** (1 / len(letters))
+        if not words:
+            return []
+        labels = np.concatenate([word.labels for word in words])
+        lengths = np.array([len(word.labels) for word in words])
+        whose, frames = ranges(np.array([word.start_frame for word in words]), lengths)
+        phones = np.concatenate(self._blocks)[frames, self._search.vocab_size + labels]
+        said = labels != BLANK
+        chances = np.bincount(whose, np.exp(phones) * said) / np.bincount(whose, said)
+        spans: list[TokenSpan] = []
+        for (word, start, own), chance in zip(words, np.minimum(chances, 1.0).tolist(), strict=True):
+            letters = self._search.letters(word)
             if spans:
                 spans.append(TokenSpan(self._search.space, spans[-1].end_frame, start, 1.0))
-            borders = np.linspace(start, end, len(letters) + 1).round().astype(int).tolist()
+            borders = [start + round(len(own) * i / len(letters)) for i in range(len(letters) + 1)]
+            sure = chance ** (1 / len(letters))
             spans += (TokenSpan(*of, sure) for of in zip(letters, borders[:-1], borders[1:], strict=True))
         return self._later(spans)
 

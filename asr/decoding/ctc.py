@@ -24,34 +24,32 @@ def log_likelihoods(log_probs: np.ndarray, sequences: Sequence[Sequence[int]]) -
     Returns:
         (sequences,) float64; -inf for one that needs more frames than there are.
     """
-    labels, skips = _states(sequences)
-    size = labels.shape[1]
+    labels, skips = (np.ascontiguousarray(part.T) for part in _states(sequences))
+    may_skip, size = skips.astype(np.float64), len(labels)
     ends = 2 * np.array([len(sequence) for sequence in sequences], np.int64)
-    labels[np.arange(size) > ends[:, None]] = log_probs.shape[1]  # behind an end: a label without probability
+    labels[np.arange(size)[:, None] > ends] = log_probs.shape[1]  # behind an end: a label without probability
     probabilities = np.zeros((len(log_probs), log_probs.shape[1] + 1))
     probabilities[:, :-1] = np.exp(np.maximum(log_probs, _LEAST), dtype=np.float64)
-    may_skip = skips.astype(np.float64)
 
     # Probabilities, with their sum set to 1 every few frames, cost less than a fifth of logarithms.
-    alpha = np.zeros((len(sequences), size + 2))  # two states before the first that are never entered
-    alpha[:, 2] = 1.0
-    if size > 1:
-        alpha[:, 3] = 1.0
+    alpha = np.zeros((size + 2, len(sequences)))  # two states before the first that are never entered
+    alpha[2:4] = 1.0
     total = np.zeros(len(sequences))
-    skipped = np.empty((len(sequences), size))
     for t, frame in enumerate(probabilities):
+        reached = min(2 * t + 2, size)  # states that can be entered by now
+        some = alpha[2 : reached + 2]
         if t:
-            np.multiply(alpha[:, :-2], may_skip, out=skipped)
-            skipped += alpha[:, 1:-1]
-            alpha[:, 2:] += skipped
-        alpha[:, 2:] *= frame[labels]
+            entered = alpha[:reached] * may_skip[:reached]
+            entered += alpha[1 : reached + 1]
+            some += entered
+        some *= frame.take(labels[:reached])
         if t % _SCALED == _SCALED - 1:
-            sums = alpha.sum(axis=1)
+            sums = some.sum(axis=0)
             with np.errstate(divide="ignore"):
                 total += np.log(sums)
-            alpha /= np.where(sums > 0, sums, 1.0)[:, None]
+            some /= np.where(sums > 0, sums, 1.0)
     rows = np.arange(len(sequences))
-    last = alpha[rows, ends + 2] + np.where(ends > 0, alpha[rows, ends + 1], 0.0)
+    last = alpha[ends + 2, rows] + np.where(ends > 0, alpha[ends + 1, rows], 0.0)
     if not len(probabilities):
         last = (ends == 0).astype(np.float64)
     with np.errstate(divide="ignore"):

@@ -21,6 +21,7 @@ LIKELIEST = 15  # labels that are tried at a frame (docs/trials.md)
 SURPRISE = 2.0  # base 10: words that would be dropped though a context made them so much likelier are not looked up
 _NONE = -1
 _KEY_BITS = 63
+_FINE = 2.0**32  # scores that differ by less than one in so many count as equal when they are sorted
 
 Tree = Mapping[str, np.ndarray]  # see tree_of
 
@@ -227,17 +228,13 @@ class Running:
         words: np.ndarray,
     ) -> None:
         """Of what the hypotheses became at a frame, keep the best; `old` tells which one each was (see _Frame)."""
-        near = np.flatnonzero(scores > scores.max() - self._width)
-        near = near[np.argsort(-scores[near], kind="stable")]
+        behind = scores.max() - scores
+        near = np.flatnonzero(behind < self._width)
+        near = near[_sorted((behind[near] * _FINE).astype(np.int64))[1]]  # the best first
         # sorted by what they are and, those alike, by their scores
         count = len(near)
         bits = count.bit_length()
-        keys = self._lexicon.keys(states[near], nodes[near], labels[near], _KEY_BITS - bits)
-        keys <<= bits
-        keys |= np.arange(count)
-        keys.sort()
-        rank = keys & ((1 << bits) - 1)
-        keys >>= bits
+        keys, rank = _sorted(self._lexicon.keys(states[near], nodes[near], labels[near], _KEY_BITS - bits))
         leads = np.ones(count, bool)
         np.not_equal(keys[1:], keys[:-1], out=leads[1:])
         first = rank[leads]
@@ -276,13 +273,12 @@ class Running:
     def words(self) -> list[WordSpan]:
         """The words that have ended on the best path so far, of a lexicon without `silence`."""
         labels, ended = self._path()
-        found, end = [], 0
-        for frame, word in ended:
-            start = end + int(np.argmax(labels[end:] != BLANK))
-            others = np.flatnonzero(labels[frame:] != labels[frame])
-            end = frame + int(others[0]) if len(others) else len(labels)
-            found.append(WordSpan(word, start, labels[start:end]))
-        return found
+        said, changes = np.flatnonzero(labels != BLANK), np.flatnonzero(labels[1:] != labels[:-1]) + 1
+        frames = np.array([frame for frame, _ in ended], np.int64)
+        ends = np.append(changes, len(labels))[np.searchsorted(changes, frames, side="right")]
+        starts = said[np.searchsorted(said, np.append(0, ends[:-1]))] if len(ends) else ends
+        spans = zip(ended, starts.tolist(), ends.tolist(), strict=True)
+        return [WordSpan(word, start, labels[start:end]) for (_, word), start, end in spans]
 
     def _path(self) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """The labels of the best path so far, (frames,), and in which frame which word ended."""
@@ -336,6 +332,14 @@ def ranges(first: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray
     """first[i], first[i] + 1, ..., count[i] of them for each i: which i each is of, and the numbers."""
     whose = np.repeat(np.arange(len(count)), count)
     return whose, np.arange(len(whose)) + (first - (np.cumsum(count) - count))[whose]
+
+
+def _sorted(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers that leave bits for their places, sorted, and the place where each was: numpy sorts integers fastest."""
+    bits = len(keys).bit_length()
+    both = (keys << bits) | np.arange(len(keys))
+    both.sort()
+    return both >> bits, both & ((1 << bits) - 1)
 
 
 def _longer(texts: np.ndarray, words: np.ndarray) -> np.ndarray:

@@ -49,20 +49,16 @@ class Pronounced:
     def log_likelihoods(self, log_probs: np.ndarray, texts: Sequence[tuple[int, ...]]) -> np.ndarray:
         """Of texts, by numbers of words, in their likeliest pronunciation: (frames, phones) -> (texts,)."""
         anything = log_probs[:, 1:].max(axis=1, keepdims=True) + _ANY_PHONE
-        ways = [(i, way) for i, words in enumerate(texts) for way in itertools.islice(self._ways(words), _WAYS)]
+        sounds = {word: self._of(word) for word in set(itertools.chain.from_iterable(texts))}
+        ways = [
+            (i, way)
+            for i, words in enumerate(texts)
+            for way in itertools.islice(_ways([sounds[word] for word in words]), _WAYS)
+        ]
         scores = log_likelihoods(np.concatenate([log_probs, anything, anything], axis=1), [way for _, way in ways])
         best = np.full(len(texts), IMPOSSIBLE)
         np.maximum.at(best, [i for i, _ in ways], scores)
         return best
-
-    def _ways(self, words: Sequence[int]) -> Iterator[list[int]]:
-        """The pronunciations of a text: its words' first ones, and each other one of a word beside those."""
-        sounds = [self._of(word) for word in words]
-        first = [ways[0] for ways in sounds]
-        yield [phone for way in first for phone in way]
-        for i, ways in enumerate(sounds):
-            for other in ways[1:]:
-                yield [phone for way in (*first[:i], other, *first[i + 1 :]) for phone in way]
 
     def _of(self, word: int) -> list[list[int]]:
         """The ways to say a word."""
@@ -72,3 +68,12 @@ class Pronounced:
         count = max(round(_PHONES_PER_LETTER * len(self._spelled[word])), 1)
         # of any phones, two names: CTC parts equal neighbours by a blank
         return [[self._any_phone + i % 2 for i in range(count)]]
+
+
+def _ways(sounds: Sequence[Sequence[Sequence[int]]]) -> Iterator[list[int]]:
+    """The pronunciations of a text, given those of its words: the first ones, and each other one beside those."""
+    first = [ways[0] for ways in sounds]
+    yield [phone for way in first for phone in way]
+    for i, ways in enumerate(sounds):
+        for other in ways[1:]:
+            yield [phone for way in (*first[:i], other, *first[i + 1 :]) for phone in way]
