@@ -120,6 +120,22 @@ def test_targets_follow_the_changed_audio_and_the_frames(
     assert torch.equal(on_device.batch(plan, 0).states, loader.batch(plan, 0).states)
 
 
+def test_before_and_after_an_utterance_there_is_silence_also_where_it_begins_with_speech(tmp_path: Path) -> None:
+    folder = write_corpus(tmp_path / "d", rows=1)
+    frames = int(ShardDataset(folder).n_samples[0]) // 160
+    write_alignment(folder, ["sil", "aa"], [np.full(frames, STATES + 1, np.uint8)])
+    config = changed(tone_config(folder), "augment", lead_seconds=0.0)
+    corpus = Corpus([str(folder)])
+    plan = Plan((0,), (1.0,), -(-(160 * frames + 2 * EDGE_SAMPLES) // 5120) * 5120)
+    states = Loader(corpus, config, config.features.hop).batch(plan, 0).states[0].numpy()
+    silence, speech = STATES, 1  # among sorted names
+    spoken = np.flatnonzero(states == speech)
+    assert set(states[: spoken[0]]) == set(states[spoken[-1] + 1 :]) == {silence}
+    assert len(spoken) == pytest.approx(frames / 4, abs=1)
+    on_device = DeviceLoader(corpus, config, config.features.hop, torch.device("cpu"))
+    assert torch.equal(on_device.batch(plan, 0).states[0], torch.from_numpy(states))
+
+
 def test_rows_without_alignment_are_not_taught(aligned: tuple[Path, list[list[str]]]) -> None:
     config = tone_config(aligned[0])
     loader = Loader(Corpus([str(aligned[0])]), config, config.features.hop)

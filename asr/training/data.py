@@ -121,6 +121,7 @@ class Corpus:
 
     Attributes:
         unspelled: ids of utterances that the tokenizer cannot spell; they are left out.
+        silence: the state before and after an utterance, where there are alignments.
     """
 
     def __init__(
@@ -162,6 +163,7 @@ class Corpus:
         aligned = [dataset.aligned_phones for dataset in self.datasets]
         union = sorted({phone for phones in aligned for phone in phones})
         self.state_count = len(union) * STATES
+        self.silence = next((union.index(phones[0]) * STATES for phones in aligned if phones), 0)
         self._states = [
             np.array([union.index(p) * STATES + s for p in phones for s in range(STATES)], np.int64)
             for phones in aligned
@@ -392,7 +394,7 @@ class Loader:
         position = (np.arange(frames) - self.delay) * stride - EDGE_SAMPLES - lead  # of its middle, in changed audio
         labels = np.floor(position * speed / LABEL_SAMPLES).astype(np.int64)
         inside = (labels >= 0) & (labels < len(known))
-        return np.where(inside, known[labels.clip(0, len(known) - 1)], known[0])  # known[0] is silence
+        return np.where(inside, known[labels.clip(0, len(known) - 1)], self.corpus.silence)
 
     def _noise(self, rng: np.random.Generator) -> torch.Tensor | None:
         if self.noise is None or rng.random() >= self.config.augment.noise_probability:

@@ -217,9 +217,8 @@ class DeviceLoader(Loader):
         position = (time - self.delay) * stride - EDGE_SAMPLES - put(leads)[:, None]
         index = torch.floor(position * put(speeds)[:, None] / LABEL_SAMPLES).long()
         known = self.labels.lengths[rows]
-        first = self.labels.at(rows, torch.zeros_like(index[:, :1]))  # which is silence
         inside = (index >= 0) & (index < put(known)[:, None])
-        states = torch.where(inside, self.labels.at(rows, index), first).long()
+        states = torch.where(inside, self.labels.at(rows, index), self.corpus.silence).long()
         return states.masked_fill(put((known == 0) | untaught)[:, None], UNKNOWN)
 
     def _targets(self, of: Ragged, rows: np.ndarray, lengths: np.ndarray) -> Tensor:

@@ -50,7 +50,7 @@ def write_alignment(
     """Keep the alignment of a prepared folder's rows, atomically.
 
     Args:
-        phones: their names.
+        phones: their names, silence first.
         labels: of each row, (frames,) uint8, empty for a row without.
         rows: the hash of the rows that were aligned (ShardDataset.row_hash); None: those that are there.
     """
