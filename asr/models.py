@@ -195,8 +195,8 @@ def save_network(network: Network, folder: str | Path) -> None:
             np.savez(temporary / PREDICTION_FILE, allow_pickle=False, **network.transducer.arrays())
 
 
-def load_network(folder: str | Path) -> Network:
-    """Read a network folder: the module in evaluation mode, float32.
+def load_network(folder: str | Path, *, dithered: bool = False) -> Network:
+    """Read a network folder: the module in evaluation mode, float32; `dithered` as of asr.weights.read_weights.
 
     Raises:
         ModelError: a file is missing, unreadable, or does not fit the configuration.
@@ -215,7 +215,7 @@ def load_network(folder: str | Path) -> Network:
     names = tuple(read_phones(folder))
     bands = torch.zeros(config.features.bands)
     try:
-        weights = read_weights(folder / WEIGHTS_FILE)
+        weights = read_weights(folder / WEIGHTS_FILE, dithered=dithered)
         states = len(weights.get("state_output.linear.bias", ()))
         network = Network(config, tokenizer, bands, bands, names, states)
         network.load_state_dict(weights)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from asr.errors import ModelError
 from asr.runtime.folder import GRAPHS
 
+_STEPS = 64  # of 7 bits, from 0 to the largest weight of a row
 _STEP = ".step"  # behind the name of a matrix in 8 bits: what 1 in each of its rows is
 # Of a file's metadata: names of what it lacks, in the order of the graph, and a hash of it, which no other graph gives.
 _IN_GRAPH, _DIGEST = "in_graph", "digest"
@@ -49,8 +51,12 @@ def save_small_weights(weights: dict[str, Tensor], in_graph: Sequence[str], path
         save_weights(kept, path)
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
+def read_weights(path: str | Path, *, dithered: bool = False) -> dict[str, Tensor]:
     """What a weights.safetensors holds, in float32; of a small one with what is in the graph beside it (7 bits).
+
+    Args:
+        dithered: add noise of one step, the same each time, to what is of 7 bits (Roberts 1962). What a training then
+            changes by less than half a step would be lost in the next int8 graph, which has nearly the same steps.
 
     Raises:
         ModelError: that graph is missing, or of another network.
@@ -71,8 +77,13 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         found = _weights_in_graph(graph, in_graph, weights)
         if _digest(found) != about[_DIGEST]:
             raise ModelError(f"{graph}: is not that of the network beside it; copy the model's folder anew, whole")
-        weights |= found
+        weights |= {name: _dithered(name, matrix) for name, matrix in found.items()} if dithered else found
     return weights
+
+
+def _dithered(name: str, matrix: Tensor) -> Tensor:
+    noise = torch.rand(matrix.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))) - 0.5
+    return matrix + noise * matrix.abs().amax(1, keepdim=True) / _STEPS
 
 
 def _digest(weights: dict[str, Tensor]) -> str:

@@ -4,15 +4,16 @@ import json
 import os
 import platform
 import shutil
+import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from asr.config import TrainConfig, from_dict, to_toml
-from asr.errors import AsrError, ConfigError
+from asr.errors import AsrError, ConfigError, ModelError
 from asr.files import replacing_folder, write_atomically
-from asr.runtime.folder import LM_FOLDER, NEXT_WORD_FOLDER
+from asr.runtime.folder import GRAPHS, LM_FOLDER, NEXT_WORD_FOLDER
 
 _ATTEMPTS = 3  # that get no further than the one before
 _RESIZE_SECONDS = 10.0  # between looks for workers to take back
@@ -56,13 +57,23 @@ def train(
         network = run_training(config, run, device=device)
     else:
         network = train_on_ray(config, run, (min_workers or workers, workers), address)
-    from asr.runtime.export import write_graphs
-
-    write_graphs(network)
     _write_card(config, run)
     if config.init_from and not config.new_tokens:
         _take_language_models(Path(config.init_from).parent, run / "model")
+    _write_graphs(network)
     return run / "model"
+
+
+def _write_graphs(network: Path) -> None:
+    """Both graphs; where rounding to int8 would change the text, fp32 alone, which recognition then takes."""
+    from asr.runtime.export import write_graphs
+
+    write_graphs(network, precisions=("fp32",))
+    try:
+        write_graphs(network, precisions=("int8",))
+    except ModelError as error:
+        (network / GRAPHS["int8"]).unlink(missing_ok=True)  # of a training before
+        print(f"warning: {error}; recognition will take the fp32 graph", file=sys.stderr, flush=True)
 
 
 def _take_language_models(start: Path, model: Path) -> None:

@@ -364,6 +364,12 @@ def test_variational_dropout_hides_the_same_units_at_every_frame() -> None:
     assert 0 < int(hidden[1].sum()) < 8
 
 
+def test_under_variational_dropout_a_memory_stays_within_its_bounds() -> None:
+    torch.manual_seed(0)
+    y = run(Recurrent(CELLS["gru"](3, 50), variational_dropout=0.3), torch.randn(2, 400, 3))
+    assert float(y.abs().max()) <= 1.0
+
+
 def test_zoneout_keeps_units_while_training_and_mixes_after() -> None:
     torch.manual_seed(0)
     layer = Recurrent(cell("gru", 3, 50), zoneout=0.3)

@@ -87,6 +87,20 @@ def test_stored_features_train_what_audio_trains(tmp_path: Path) -> None:
         train(augmented, tmp_path / "run-refused", workers=0)
 
 
+def test_where_int8_would_say_something_else_the_model_has_fp32_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("asr.runtime.export._SHIFT", {"fp32": 0.0, "int8": 0.0})
+    config = tone_config(write_corpus(tmp_path / "data", rows=40), epochs=1)
+    model = train(config, tmp_path / "run", workers=0)
+    (model / "offline" / "model.int8.onnx").touch()  # as if of a training before
+    train(config, tmp_path / "run", workers=0)
+    assert capsys.readouterr().err.count("model.int8.onnx: not written") == 2
+    assert (model / "card.json").is_file()
+    assert {path.name for path in (model / "offline").glob("*.onnx")} == {"model.onnx"}
+    Recognizer.load(model, decoding="greedy").transcribe(np.zeros(8000, np.float32), 16_000)
+
+
 def test_a_run_that_cannot_be_written_is_told_before_ray_starts(tmp_path: Path) -> None:
     config = tone_config(write_corpus(tmp_path / "data", rows=3))
     (tmp_path / "file").touch()

@@ -21,7 +21,7 @@ from tones import changed, log_rows, losses, row, tone_config, write_corpus
 import asr.training.step
 from asr.config import DataConfig, FeatureConfig, TrainConfig, TrainingConfig
 from asr.errors import AsrError, ConfigError
-from asr.models import Network, load_network
+from asr.models import Network, load_network, save_network
 from asr.nn import LookAhead
 from asr.runtime.export import export_model
 from asr.runtime.folder import shipped_model
@@ -340,6 +340,26 @@ def test_weights_that_were_saved_small_are_averaged_as_what_they_stand_for(tmp_p
         if not name.startswith("state_output."):  # which no small one has
             steps = 250 if "weight_ih" in name or "weight_hh" in name else 400  # 7 bits or 8, half of it
             assert float((mean[name] - value).abs().max()) <= float(value.abs().max()) / steps, name
+
+
+def test_small_changes_to_a_small_model_reach_the_next_int8_graph(tmp_path: Path) -> None:
+    """Its weights are what 7 bits can say; without noise all that moves them by less than half a step is undone."""
+    run_training(tone_config(write_corpus(tmp_path / "d"), epochs=1), tmp_path / "run")
+    export_model([tmp_path / "run"], tmp_path / "small", small=True)
+    before = load_network(tmp_path / "small" / "offline")
+    reached = {}
+    for dithered in (False, True):
+        network = load_network(tmp_path / "small" / "offline", dithered=dithered)
+        name = next(name for name in network.state_dict() if "weight_hh" in name)
+        step = before.state_dict()[name].abs().amax(1, keepdim=True) / 64
+        with torch.no_grad():
+            network.get_parameter(name).add_(0.2 * step)
+        save_network(network, tmp_path / "changed" / "offline")
+        export_model([tmp_path / "changed"], tmp_path / "after", small=True)
+        after = load_network(tmp_path / "after" / "offline")
+        reached[dithered] = float(((after.state_dict()[name] - before.state_dict()[name]) / step).mean())
+    assert abs(reached[False]) < 0.05
+    assert reached[True] == pytest.approx(0.2, abs=0.05)
 
 
 def test_the_tuning_data_is_scored_every_so_many_epochs_and_at_the_end(tmp_path: Path) -> None:

@@ -56,6 +56,10 @@ class Cell(nn.Module):
         step = self.inside(wx, *state)
         return tuple(step[name] for name in self.state)
 
+    def masked(self, wx: Tensor, mask: Tensor, h: Tensor, *rest: Tensor) -> State:
+        """One step in which U sees h_{t-1} through a mask (batch, output_size), and the memory stays whole."""
+        return self(wx, h * mask, *rest)
+
     def inside(self, wx: Tensor, *state: Tensor) -> dict[str, Tensor]:
         """All that one step computes by its name, (batch, size) each; gates in [0, 1], the new state among them."""
         raise NotImplementedError
@@ -107,13 +111,19 @@ class GRUCell(Cell):
         super().__init__(input_size, size)
         self.u_bias = nn.Parameter(torch.zeros(size))
 
+    def masked(self, wx: Tensor, mask: Tensor, h: Tensor) -> State:
+        return (self._step(wx, h * mask, h)["h"],)
+
     def inside(self, wx: Tensor, h: Tensor) -> dict[str, Tensor]:
+        return self._step(wx, h, h)
+
+    def _step(self, wx: Tensor, h: Tensor, memory: Tensor) -> dict[str, Tensor]:
         wx_r, wx_z, wx_h = wx.chunk(3, -1)
         uh_r, uh_z, uh_h = self.u(h).chunk(3, -1)
         r = torch.sigmoid(wx_r + uh_r)
         z = torch.sigmoid(wx_z + uh_z)
         candidate = torch.tanh(wx_h + r * (uh_h + self.u_bias))
-        return {"r": r, "z": z, "h~": candidate, "h": (1 - z) * candidate + z * h}
+        return {"r": r, "z": z, "h~": candidate, "h": (1 - z) * candidate + z * memory}
 
     def weights(self) -> list[Tensor]:
         return [self.w.weight, self.u.weight, self.w.bias, F.pad(self.u_bias, (2 * self.size, 0))]

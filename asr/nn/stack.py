@@ -47,8 +47,7 @@ class Recurrent(StreamingLayer):
         seen = F.dropout(torch.ones_like(state[0]), dropout)
         outputs = []
         for wx in self.cell.project(x).unbind(1):
-            h, *rest = state
-            new = self.cell(wx, h * seen if dropout else h, *rest)
+            new = self.cell.masked(wx, seen, *state) if dropout else self.cell(wx, *state)
             state = self._zone_out(state, new) if self.zoneout else new
             outputs.append(state[0])
         return torch.stack(outputs, dim=1), state

@@ -82,12 +82,12 @@ def load_checkpoint(path: Path, network: Network, optimizer: Optimizer, rank: in
     return progress
 
 
-def average_weights(paths: list[Path]) -> dict[str, Tensor]:
+def average_weights(paths: list[Path], *, dithered: bool = False) -> dict[str, Tensor]:
     """The mean of the weights of several safetensors files (Polyak and Juditsky 1992), float32.
 
-    What one of them lacks, or has in another shape, is as in the first.
+    What one of them lacks, or has in another shape, is as in the first. `dithered` as of asr.weights.read_weights.
     """
-    first, *others = map(read_weights, paths)
+    first, *others = (read_weights(path, dithered=dithered) for path in paths)
     mean = {}
     for name, value in first.items():
         if value.is_floating_point():

@@ -77,7 +77,8 @@ class Trainer:
         check_inputs(config, run)
         self.ranks = Ranks(rank, world, self.device, config.training.hang_seconds)
         self.checkpoint = self._newest_checkpoint()
-        start = load_network(config.init_from) if config.init_from else None
+        self.dithered = not config.training.freeze_encoder  # which leaves all that it does not train to the last bit
+        start = load_network(config.init_from, dithered=self.dithered) if config.init_from else None
         tokenizer = start.tokenizer if start else None
         if tokenizer and config.new_tokens:
             tokenizer = tokenizer.extended(text for folder in config.data.train for text in ShardDataset(folder).texts)
@@ -93,6 +94,11 @@ class Trainer:
             whose = "init_from (or set new_tokens = true)" if tokenizer and start else "data.train"
             raise ConfigError(
                 f"data.dev: none of its {len(self.dev.unspelled)} texts can be spelled in the letters of {whose}"
+            )
+        if self.dev is not None and not any(self.dev.tokens):
+            raise ConfigError(
+                f"data.dev: none of its {len(self.dev)} utterances has a text to score against; prepare it from a "
+                "manifest with texts, or leave it out"
             )
         hop = config.features.hop
         on_gpu = self.device.type == "cuda" and fits(self.corpus, self.device)
@@ -440,5 +446,5 @@ class Trainer:
     def _take_mean(self, files: list[Path]) -> None:
         """Give the network, on all ranks, the mean of the weights that rank 0 reads."""
         if self.ranks.rank == 0:
-            self.network.load_state_dict(average_weights(files))
+            self.network.load_state_dict(average_weights(files, dithered=self.dithered))
         self.ranks.share(self.network.state_dict().values())
