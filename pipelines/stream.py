@@ -28,6 +28,8 @@ _BLOCK_SECONDS = 0.1
 _BEHIND_SECONDS = 1.0  # lag that is told; below half of it, that it is over
 _QUEUE_SECONDS = 30.0  # audio that may wait for a slow recognizer before it is dropped and counted
 _FILES = (b"RIFF", b"RF64", b"fLaC", b"OggS", b"ID3")  # how recordings in files begin
+_PIPE_BYTES = 65_536  # what a pipe holds (Linux), and so at the most what is in one when it is asked to stop
+_NEVER = threading.Event()
 _DEAD_SECONDS = 5.0  # without any audio: not even a quiet room is so silent
 
 
@@ -45,8 +47,8 @@ class Source(Protocol):
     sample_rate: int
     lost: int  # blocks that were lost so far, because nobody took them in time
 
-    def blocks(self) -> Generator[Block, None, None]:
-        """The audio as it arrives."""
+    def blocks(self, stop: threading.Event = _NEVER) -> Generator[Block, None, None]:
+        """The audio as it arrives; once `stop` is set, what has been captured by then, and no more."""
         ...
 
 
@@ -59,7 +61,7 @@ class FileSource:
         self._path = path
         self._realtime = realtime
 
-    def blocks(self) -> Generator[Block, None, None]:
+    def blocks(self, stop: threading.Event = _NEVER) -> Generator[Block, None, None]:
         """Blocks of a tenth of a second.
 
         Raises:
@@ -75,6 +77,8 @@ class FileSource:
                 time.sleep(max(0.0, due - captured))
                 captured = due
             yield Block(samples=samples, captured=captured)
+            if stop.is_set():
+                return
 
 
 class PipeSource:
@@ -85,17 +89,22 @@ class PipeSource:
         self.lost = 0
         self._pipe = pipe or sys.stdin.buffer
 
-    def blocks(self) -> Generator[Block, None, None]:
-        """Blocks of a tenth of a second, until the pipe ends; empty ones while nothing comes, so that Ctrl-C is heard.
+    def blocks(self, stop: threading.Event = _NEVER) -> Generator[Block, None, None]:
+        """Blocks of a tenth of a second, until the pipe ends; empty ones while nothing comes.
 
         Raises:
             AsrError: it ends before the first sample, or begins as a file does.
         """
         size, held, heard, ended = 2 * round(_BLOCK_SECONDS * self.sample_rate), b"", False, False
+        left = _PIPE_BYTES  # to be read after `stop`
         while not ended:
-            if select.select([self._pipe], [], [], _BLOCK_SECONDS)[0]:
+            stopping = stop.is_set()
+            if select.select([self._pipe], [], [], 0.0 if stopping else _BLOCK_SECONDS)[0]:
                 data = os.read(self._pipe.fileno(), size - len(held))
-                held, ended = held + data, not data
+                left -= len(data) if stopping else 0
+                held, ended = held + data, not data or left <= 0
+            elif stopping:
+                ended = True
             else:
                 yield Block(samples=np.zeros(0, np.float32), captured=time.monotonic())
             if not heard and held.startswith(_FILES):
@@ -106,7 +115,7 @@ class PipeSource:
             if len(held) == size or (ended and len(held) > 1):
                 samples, held, heard = np.frombuffer(held, "<i2", len(held) // 2), b"", True
                 yield Block(samples=to_float(samples.astype(np.int16)), captured=time.monotonic())
-        if not heard:
+        if not heard and not stop.is_set():
             raise AsrError("no sample came through the pipe; did what feeds it start?")
 
 
@@ -143,7 +152,7 @@ class MicrophoneSource:
             except self._sounddevice.PortAudioError:
                 continue
 
-    def blocks(self) -> Generator[Block, None, None]:
+    def blocks(self, stop: threading.Event = _NEVER) -> Generator[Block, None, None]:
         """Blocks of a tenth of a second, until the device stops.
 
         Raises:
@@ -169,13 +178,15 @@ class MicrophoneSource:
                 callback=captured,
             ) as stream:
                 heard = time.monotonic()
-                while True:
+                while not stop.is_set():
                     try:
                         yield waiting.get(timeout=min(1.0, _DEAD_SECONDS))
                         heard = time.monotonic()
                     except queue.Empty:
                         if not stream.active or time.monotonic() - heard > _DEAD_SECONDS:
                             raise AsrError("the microphone stopped; is it still plugged in?") from None
+            while not waiting.empty():
+                yield waiting.get_nowait()
         except self._sounddevice.PortAudioError as error:
             raise AsrError(f"the microphone cannot be opened at {self.sample_rate} Hz: {error}") from error
 
@@ -269,7 +280,7 @@ def stream(
     shown = 0
     failure: AsrError | None = None
 
-    with _stop_on_interrupt() as stop, closing(source.blocks()) as blocks:
+    with _stop_on_interrupt() as stop, closing(source.blocks(stop)) as blocks:
         try:
             for block in blocks:
                 start = time.monotonic()
@@ -288,8 +299,6 @@ def stream(
                 elif behind and timing.lag < _BEHIND_SECONDS / 2:
                     behind = False
                     screen.note("keeping up again")
-                if stop.is_set():
-                    break
         except AsrError as error:
             failure = error
     if failure is not None and not timing.audio_seconds:
@@ -306,7 +315,7 @@ def stream(
 
 @contextmanager
 def _stop_on_interrupt() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event, so that a block is never left half done; the second one interrupts as usual."""
+    """Ctrl-C sets the event, so that no audio is left half done; the second one interrupts as usual."""
     stop = threading.Event()
 
     def ask(number: int, frame: object) -> None:

@@ -26,6 +26,8 @@ from asr.recognizer import Network, Recognizer, Segment
 from pipelines.cli import main
 from pipelines.stream import Block, FileSource, MicrophoneSource, PipeSource, Timing, stream
 
+NEVER = threading.Event()
+
 
 class Recorded:
     """A screen that remembers."""
@@ -55,10 +57,12 @@ class Played:
         self.lost = 0
         self._audio, self._late, self._then = audio, late or [], then
 
-    def blocks(self) -> Generator[Block, None, None]:
+    def blocks(self, stop: threading.Event = NEVER) -> Generator[Block, None, None]:
         for number, start in enumerate(range(0, len(self._audio), 1600)):
             late = self._late[number] if number < len(self._late) else 0.0
             yield Block(samples=self._audio[start : start + 1600], captured=time.monotonic() - late)
+            if stop.is_set():
+                return
         if self._then is not None:
             raise self._then
 
@@ -146,9 +150,9 @@ def test_the_second_network_is_there_before_the_first_sound() -> None:
     loaded: list[str] = []
 
     class Late(Played):
-        def blocks(self) -> Generator[Block, None, None]:
+        def blocks(self, stop: threading.Event = NEVER) -> Generator[Block, None, None]:
             loaded.append("sound")
-            yield from super().blocks()
+            yield from super().blocks(stop)
 
     def open_offline() -> ToyEngine:
         loaded.append("offline")
@@ -193,6 +197,31 @@ def test_ctrl_c_ends_a_pipe_through_which_nothing_comes() -> None:
         transcript, _, interrupted = stream(PipeSource(16_000, pipe), ToyOptions(), Recorded())
     assert interrupted
     assert transcript.text == "a long sentence"
+
+
+class Impatient(Recorded):
+    """Ctrl-C at the first block."""
+
+    def partial(self, text: str, timing: Timing) -> None:
+        if not self.partials:
+            os.kill(os.getpid(), signal.SIGINT)
+        super().partial(text, timing)
+
+
+def test_what_was_captured_before_ctrl_c_is_still_read(card: "FakeSounddevice") -> None:
+    with pipe_of(bytes(2 * 24_000), ends=False) as pipe:
+        time.sleep(0.2)  # all of it is in the pipe
+        _, timing, interrupted = stream(PipeSource(16_000, pipe), ToyOptions(), Impatient())
+    assert (interrupted, round(timing.audio_seconds, 3)) == (True, 1.5)
+    _, timing, interrupted = stream(MicrophoneSource(), ToyOptions(), Impatient())
+    assert (interrupted, round(timing.audio_seconds, 3)) == (True, 1.0)
+
+
+def test_a_pipe_that_never_rests_is_left_after_ctrl_c() -> None:
+    with pipe_of(bytes(32_000 * 60), ends=False) as pipe:
+        _, timing, interrupted = stream(PipeSource(16_000, pipe), ToyOptions(), Impatient())
+    assert interrupted
+    assert timing.audio_seconds < 3
 
 
 @contextmanager
@@ -250,8 +279,8 @@ def test_what_was_heard_is_shown_before_the_audio_breaks_off() -> None:
 
 def test_ctrl_c_ends_with_the_text_so_far() -> None:
     class Interrupted(Played):
-        def blocks(self) -> Generator[Block, None, None]:
-            for number, block in enumerate(super().blocks()):
+        def blocks(self, stop: threading.Event = NEVER) -> Generator[Block, None, None]:
+            for number, block in enumerate(super().blocks(stop)):
                 if number == 20:
                     os.kill(os.getpid(), signal.SIGINT)
                 yield block
