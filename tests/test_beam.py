@@ -347,6 +347,22 @@ def test_what_the_letters_spell_badly_the_phones_tell() -> None:
     assert all(a.end_frame <= b.start_frame for a, b in itertools.pairwise(best))
 
 
+@pytest.mark.parametrize("pause", [3, 12, 40])
+def test_words_stay_apart_where_a_segment_without_end_is_written_down(
+    pause: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beam_module, "_COMMIT_FRAMES", 30)
+    monkeypatch.setattr(beam_module, "_LOOKBACK_FRAMES", 5)
+    rest = "_ " * pause
+    said = f"N AA T {rest}B IY {rest}T UW {rest}B IY {rest}".split()
+    decoder, tokens = phone_search(phone_share=1.0)(), (*TOKENS, "w")
+    decoder.accept(both("_" * len(said), " ".join(said), 0.9))
+    shown = decoder.tokens()
+    assert text(shown, tokens).replace("bee", "be").replace("two", "to") == "not be to be"
+    assert all(a.end_frame <= b.start_frame for a, b in itertools.pairwise(shown))
+    assert all(span.start_frame <= span.end_frame for span in shown)
+
+
 def test_a_word_is_shown_once_its_last_phone_is_heard() -> None:
     heard = both("to_n_t_n_____", "T UW UW _ _ _ B _ IY _ _ _ _", 0.9)
     decoder, shown, tokens = phone_search()(), [], (*TOKENS, "w")

@@ -399,11 +399,21 @@ class BeamDecoder:
 
     def _commit(self) -> None:
         """Write down what is best but the last seconds, cut behind a word; search on from there."""
-        latest = self._first + self._frames - _LOOKBACK_FRAMES
+        latest, space = self._first + self._frames - _LOOKBACK_FRAMES, self._search.space
         spans = self.pending()
-        spaces = [span.end_frame for span in spans if span.token == self._search.space and span.end_frame <= latest]
-        cut = spaces[-1] if spaces else latest
-        self.written += [span for span in spans if span.end_frame <= cut]
+        if self._search.by_sound:  # which has no spaces but between words
+            ends = [span.start_frame for span in spans if span.token == space]
+            ends += [span.end_frame for span in spans[-1:]]
+            done = max((end for end in ends if end <= latest), default=self._first)
+            cut = min([latest, *(s.start_frame for s in spans if s.token != space and s.start_frame >= done)])
+            cut = cut if cut > self._first else latest
+            self.written += [span for span in spans if span.end_frame <= done]
+            if self.written and self.written[-1].token != space:
+                self.written.append(TokenSpan(space, self.written[-1].end_frame, cut, 1.0))
+        else:
+            spaces = [span.end_frame for span in spans if span.token == space and span.end_frame <= latest]
+            cut = spaces[-1] if spaces else latest
+            self.written += [span for span in spans if span.end_frame <= cut]
         rest = np.concatenate(self._blocks)[cut - self._first :]
         self._blocks, self._frames, self._first, self._running = [rest], len(rest), cut, None
 
