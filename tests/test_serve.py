@@ -190,13 +190,17 @@ def test_a_page_of_a_friend_may_ask_whether_to_send_the_token() -> None:
     """Browsers ask without it, and then send it."""
     with serving(access=Access(token=TOKEN, origins=("https://friend.example",))) as served:
         address = f"{served.http}/v1/audio/transcriptions"
-        asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+        names = "authorization, x-stainless-lang"  # as OpenAI's client for JavaScript sends them
+        asked = {"access-control-request-method": "POST", "access-control-request-headers": names}
         reply = HTTP.options(address, headers={"origin": "https://friend.example", **asked})
         assert reply.status_code == 200
         assert reply.headers["access-control-allow-origin"] == "https://friend.example"
-        assert "authorization" in reply.headers["access-control-allow-headers"]
+        assert reply.headers["access-control-allow-headers"] == names
         assert HTTP.options(address, headers={"origin": "https://evil.example", **asked}).status_code == 403
         assert HTTP.options(address, headers={"origin": "https://friend.example"}).status_code == 401
+        refused = post(served.http, recording(), headers={"origin": "https://friend.example"})
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == "https://friend.example", "so that it can be read"
 
 
 def test_without_a_token_a_name_from_elsewhere_does_not_lead_here(server: Served) -> None:
@@ -287,6 +291,7 @@ def test_the_silent_get_their_finals_and_are_closed() -> None:
         messages, code = ended(socket)
         assert [m["text"] for m in messages if m["type"] == "final"] == ["last words"]
         assert (messages[-1]["code"], code) == ("idle", 1008)
+        assert metric(served, 'asr_dropped_total{reason="idle"}') == 1
         for address in (served.native, served.vosk, served.sherpa):
             assert ended(dial(address))[1] == 1008
 

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from serving import Served, dial, serving
+from serving import TALK, Served, dial, recording, serving
 
 from asr.audio import read_audio
 from asr.metrics import count_errors
 from asr.recognizer import Recognizer
 from pipelines.serve.access import Access
+from pipelines.serve.limits import Limits
 
 SAMPLES = Path(__file__).parents[1] / "scripts" / "samples" / "audio"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -206,6 +207,24 @@ def test_the_microphone_by_keyboard_alone(server: Served, tmp_path: Path) -> Non
         errors = count_errors(" ".join(expected), " ".join(browser.texts()))
         assert errors.cer <= 0.2, (expected, browser.texts())
         assert browser.run("document.getElementById('talk').textContent") == "Start listening"
+        assert browser.complaints == []
+
+
+def test_why_the_server_ended_a_session_is_told_and_the_text_stays(tmp_path: Path) -> None:
+    """A recording that is longer than a session may be, of which much is still to be sent; then the microphone."""
+    options = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+    ended = "document.getElementById('status').dataset.kind === 'error'"
+    with serving(limits=Limits(audio_seconds=2.0)) as served, browsing(tmp_path, *options) as browser:
+        browser.open(served.http)
+        browser.drop("long.wav", recording(np.concatenate([TALK[:32_000], np.zeros(60 * 16_000, np.float32)])))
+        assert browser.until(ended, 20), browser.status()
+        assert browser.status() == "a session ends after 2 s"
+        assert browser.texts() == ["one two"]
+        browser.run("document.getElementById('talk').click()")
+        assert browser.until("document.getElementById('status').textContent.startsWith('Listening')")
+        assert browser.until(ended, 20), browser.status()
+        assert browser.status() == "a session ends after 2 s"
+        assert browser.texts()[0] == "one two"
         assert browser.complaints == []
 
 

@@ -335,7 +335,39 @@ def test_vosk_ignores_what_would_change_the_server(server: Served) -> None:
     assert replies[-1]["text"] == "same"
 
 
-@pytest.mark.parametrize("message", ["{", '{"config": 5}', '{"config": {"sample_rate": 3}}', "hello", '{"what": 1}'])
+def test_vosk_a_later_config_changes_what_it_names(server: Served) -> None:
+    with dial(server.vosk) as socket:
+
+        def configure(**named: Any) -> None:
+            socket.send(json.dumps({"config": named}))
+
+        configure(sample_rate=str(RATE))
+        configure(max_alternatives=0.0)
+        socket.send(s16(spell("sixteen")))
+        assert "partial" in json.loads(socket.recv(10))
+        configure(sample_rate=RATE, words=False)
+        configure(partial_words=True)
+        socket.send('{"reset" : 1}')
+        assert json.loads(socket.recv(10)) == {"text": "sixteen"}
+        socket.send(s16(spell("thousand")))
+        assert "partial_result" in json.loads(socket.recv(10))
+        configure(sample_rate=8_000)
+        told, code = refusal(socket)
+    assert "before audio comes" in told["message"] and code == 1008
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "{",
+        '{"config": 5}',
+        '{"config": {"sample_rate": 3}}',
+        '{"config": {"sample_rate": "fast"}}',
+        '{"config": {"max_alternatives": [1]}}',
+        "hello",
+        '{"what": 1}',
+    ],
+)
 def test_vosk_nonsense_is_refused(server: Served, message: str) -> None:
     with dial(server.vosk) as socket:
         socket.send(message)

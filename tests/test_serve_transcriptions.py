@@ -1,8 +1,11 @@
 """OpenAI's transcription endpoint, with its own client, and what it refuses."""
 
 import itertools
+import json
 import os
 import socket as sockets
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -126,6 +129,14 @@ def test_what_is_no_recording_is_refused_without_a_path(server: Served, data: by
 
 def test_silence_has_an_empty_text(server: Served) -> None:
     assert post(server.http, recording(PAUSE)).json() == {"text": ""}
+
+
+@pytest.mark.parametrize("charset", ["undefined", "punycode"])
+def test_a_charset_that_decodes_nothing_is_refused(server: Served, charset: str) -> None:
+    form = b'--x\r\ncontent-disposition: form-data; name="\xff--"; filename="a.wav"\r\n\r\n\r\n--x--\r\n'
+    kind = {"content-type": f"multipart/form-data; boundary=x; charset={charset}"}
+    reply = HTTP.post(f"{server.http}/v1/audio/transcriptions", content=form, headers=kind)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "bad_request")
 
 
 def test_only_post_is_for_this_address(server: Served) -> None:
@@ -279,4 +290,67 @@ def test_a_failure_inside_tells_nothing(monkeypatch: pytest.MonkeyPatch, capsys:
         reply = post(served.http, recording())
         assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal")
         assert "secret" not in reply.text
-    assert "/home/secret/model is broken" in capsys.readouterr().err
+        assert metric(served, 'asr_uploads_total{status="500"}') == 1
+    log = capsys.readouterr().err
+    assert "/home/secret/model is broken" in log
+    assert '"event": "upload"' in log
+
+
+# ---- how it ends
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_a_recording_that_takes_too_long_is_refused_when_the_server_stops(
+    stream: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = Held()
+    recognizer = Recognizer({"streaming": Network(TOKENIZER, lambda: engine)})
+    with serving(recognizer, limits=Limits(stop_seconds=0.2)) as served:
+        engine.hold()
+        with sent(served.http, recording(), {"stream": stream}) as raw:
+            assert engine.reading.wait(20)
+            served.stop()
+            reply = b"".join(iter(lambda: raw.recv(65536), b"")).decode()
+        engine.let.set()
+    head, _, body = reply.partition("\r\n\r\n")
+    assert head.startswith("HTTP/1.1 200" if stream == "true" else "HTTP/1.1 503")
+    assert '"code":"stopping"' in body
+    log = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [event["code"] for event in log if event["event"] == "upload"] == ["stopping"]
+    assert not any("trace" in event for event in log)
+
+
+def test_a_recording_does_not_hold_up_the_end_of_the_process() -> None:
+    program = """
+import time
+from asr.recognizer import Network, Recognizer
+from pipelines.serve.limits import Limits
+from pipelines.serve.run import Settings, run
+from toy_model import RATE, TOKENIZER, ToyEngine
+
+class Slow(ToyEngine):
+    def log_probs(self, batch):
+        if sum(map(len, batch)) > RATE:
+            print("reading", flush=True)
+            time.sleep(60)
+        return super().log_probs(batch)
+
+networks = {"offline": Network(TOKENIZER, Slow), "streaming": Network(TOKENIZER, ToyEngine)}
+settings = Settings(port=0, limits=Limits(stop_seconds=0.2))
+run(Recognizer(networks), settings, lambda addresses: print(addresses.main, flush=True))
+"""
+    tests = Path(__file__).parent
+    search = os.pathsep.join([str(tests), str(tests.parent)])
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": search}
+    )
+    try:
+        assert process.stdout is not None
+        with sent(process.stdout.readline().strip(), recording()) as raw:
+            assert process.stdout.readline() == "reading\n"
+            process.terminate()
+            assert raw.recv(65536).startswith(b"HTTP/1.1 503")
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()

@@ -98,9 +98,9 @@ def _is_origin(text: str) -> bool:
 
 
 class Guard:
-    """Lets in whom `access` allows: 403 for the wrong host or origin, 401 for what is protected by the token.
+    """Lets in whom `access` allows, 403 for the wrong host or origin; and protects the page by headers.
 
-    For websockets, `scope["state"]["known"]` tells whether the token was right: some clients send it later.
+    `scope["state"]["known"]` tells whether the token was right, for Lock and for websockets: some send it later.
     """
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
@@ -133,14 +133,21 @@ class Guard:
             return Refused("pages of this origin may not use the server", code="wrong_origin", status=403)
         known = any(self._access.knows(token) for token in _tokens(scope, headers))
         scope.setdefault("state", {})["known"] = known or self._access.token is None
-        if scope["type"] == "http" and scope["path"].startswith(_PROTECTED) and not scope["state"]["known"]:
-            return None if _is_preflight(scope, headers) else unauthorized()
         return None
 
 
-def _is_preflight(scope: Scope, headers: dict[str, str]) -> bool:
-    """Whether a browser asks what a page may send: it does so without the token, and CORSMiddleware answers alone."""
-    return scope["method"] == "OPTIONS" and {"origin", "access-control-request-method"} <= headers.keys()
+class Lock:
+    """401 for what is protected, without the token. It belongs inside Guard, which looks at the token.
+
+    And inside CORSMiddleware: it lets pages read the refusal, and answers what browsers ask before they send a token.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        shut = scope["type"] == "http" and scope["path"].startswith(_PROTECTED) and not scope["state"]["known"]
+        await (refusal(unauthorized()) if shut else self._app)(scope, receive, send)
 
 
 def _headers(scope: Scope) -> dict[str, str]:

@@ -7,7 +7,6 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -17,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from pipelines.serve import native, sherpa, vosk
-from pipelines.serve.access import Guard
+from pipelines.serve.access import Guard, Lock
 from pipelines.serve.limits import ClientGone, Refused
 from pipelines.serve.replies import refusal
 from pipelines.serve.service import Service
@@ -73,14 +72,14 @@ def main_app(service: Service, transcriptions: Transcriptions) -> ASGIApp:
         WebSocketRoute("/{path:path}", _nowhere),
         Mount("/", StaticFiles(directory=PAGE, html=True)),
     ]
-    origins = Middleware(
-        CORSMiddleware,
+    handlers: dict[Any, Any] = {500: failed, 404: not_there, 405: not_so}
+    shared = CORSMiddleware(
+        Lock(Starlette(routes=routes, exception_handlers=handlers)),
         allow_origins=service.access.origins,
         allow_methods=["GET", "POST"],
-        allow_headers=["authorization"],
+        allow_headers=["*"],  # OpenAI's client for JavaScript sends a dozen of its own
     )
-    handlers: dict[Any, Any] = {500: failed, 404: not_there, 405: not_so}
-    return Guard(Starlette(routes=routes, middleware=[origins], exception_handlers=handlers), service.access)
+    return Guard(shared, service.access)
 
 
 def vosk_app(service: Service) -> ASGIApp:
@@ -110,6 +109,8 @@ def websocket(service: Service, talk: Talk) -> Callable[[WebSocket], Awaitable[N
         channel = Channel(websocket, service.limits.idle_seconds)
         try:
             await talk(channel, service, websocket)
+            if channel.ending is not None:
+                service.metrics.dropped.labels(channel.ending.code).inc()
             await channel.close(channel.ending)
         except ClientGone:
             pass

@@ -17,7 +17,8 @@ class Limits:
         start_seconds: from connecting to the start message, from connecting to a complete HTTP head, and for the
             rest of a body that was answered already.
         send_seconds: that a client may take to read what it was sent.
-        stop_seconds: that a graceful stop may take.
+        stop_seconds: that sessions and recordings may take to end when the server stops; the rest of it takes
+            a second or two.
         message_bytes: of one websocket message.
         uploads: that wait or are read at a time; they are recognized one after the other.
         upload_bytes: of one upload.
@@ -29,7 +30,7 @@ class Limits:
     idle_seconds: float = 30.0
     start_seconds: float = 10.0
     send_seconds: float = 10.0
-    stop_seconds: float = 10.0
+    stop_seconds: float = 8.0
     message_bytes: int = 1 << 20
     uploads: int = 8
     upload_bytes: int = 100 << 20

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -58,27 +60,35 @@ class Addresses:
 
 
 def run(recognizer: Recognizer, settings: Settings, started: Callable[[Addresses], None]) -> None:
-    """Serve until SIGTERM or SIGINT.
+    """Serve until SIGTERM or SIGINT. If a recording is still being recognized then, the process ends here.
 
     Raises:
         AsrError: a setting that cannot be had, such as a port that is taken.
     """
 
-    async def until_signalled() -> None:
+    async def until_signalled() -> bool:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        await serve(recognizer, settings, started, stop)
+        return await serve(recognizer, settings, started, stop)
 
     with busy_process():
-        asyncio.run(until_signalled())
+        idle = asyncio.run(until_signalled())
+    if not idle:  # Python would wait for its threads, for minutes perhaps
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 async def serve(
     recognizer: Recognizer, settings: Settings, started: Callable[[Addresses], None], stop: asyncio.Event
-) -> None:
+) -> bool:
     """Serve until `stop` is set; `started` is called once everything listens.
+
+    Returns:
+        Whether all work has ended; a recording that took too long may still be recognized, in a thread.
 
     Raises:
         AsrError: as `run`.
@@ -127,6 +137,7 @@ async def serve(
             tasks.create_task(tell_and_wait())
             tasks.create_task(server.serve(list(listeners.values())))
         event(log, "stopped")
+    return not transcriptions.is_busy
 
 
 def _config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
@@ -179,6 +190,7 @@ class _Server(uvicorn.Server):
             async with asyncio.timeout(self._service.limits.stop_seconds):
                 while len(self._service) or len(self._transcriptions):
                     await asyncio.sleep(0.02)
+        self._transcriptions.end()
         await super().shutdown(sockets)
 
 

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar, get_args
@@ -95,17 +95,22 @@ class Transcriptions:
     """`POST /v1/audio/transcriptions`, as an ASGI application.
 
     Recordings are recognized one after the other, beside the live sessions, in a thread of their own.
+
+    Attributes:
+        is_busy: the thread is at work. What it does cannot be stopped, only left.
     """
 
     def __init__(self, service: "Service") -> None:
         self._service = service
         self._thread = ThreadPoolExecutor(1, "uploads")
         self._present = self._reading = 0
+        self.is_busy = self._ended = False
+        self._waits: set[asyncio.Timeout] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         metrics = self._service.metrics
         began = time.monotonic()
-        status, code, order = 200, None, None
+        status, code, order, reply = 500, "internal", None, None
         try:
             with self._place(), ExitStack() as opened:
                 form = await self._receive(Request(scope, receive))
@@ -119,24 +124,36 @@ class Transcriptions:
                 metrics.heard("upload", seconds)
                 reply = self._streamed(gone, path, order) if order.stream else await self._whole(gone, path, order)
                 await reply(scope, _nothing, send)
+            status, code = 200, None
         except Refused as error:
             status, code = error.status, error.code
             metrics.dropped.labels(code).inc()
-            await refusal(error)(scope, receive, send)
-        metrics.uploads.labels(status).inc()
-        event(
-            self._service.log,
-            "upload",
-            client=scope["client"][0] if scope.get("client") else None,
-            status=status,
-            code=code,
-            network=order and order.network,
-            seconds=round(time.monotonic() - began, 3),
-        )
+            refused = refusal(error)
+            if reply is None:
+                await refused(scope, receive, send)
+            else:  # a stream, whose head has gone out: the error is its last event
+                await send({"type": "http.response.body", "body": b"data: %b\n\n" % bytes(refused.body)})
+        finally:
+            metrics.uploads.labels(status).inc()
+            event(
+                self._service.log,
+                "upload",
+                client=scope["client"][0] if scope.get("client") else None,
+                status=status,
+                code=code,
+                network=order and order.network,
+                seconds=round(time.monotonic() - began, 3),
+            )
 
     def __len__(self) -> int:
         """How many recordings are being read, or wait for it."""
         return self._reading
+
+    def end(self) -> None:
+        """Refuse all recordings that are here: the server has no more time for them."""
+        self._ended = True
+        for wait in self._waits:
+            wait.reschedule(0)
 
     def close(self) -> None:
         """End the thread; what waits is dropped."""
@@ -162,22 +179,41 @@ class Transcriptions:
         finally:
             self._reading -= 1
 
+    @asynccontextmanager
+    async def _until_the_end(self) -> AsyncIterator[None]:
+        """Wait for something, but no longer than until `end`.
+
+        Raises:
+            Refused: it was called.
+        """
+        try:
+            async with asyncio.timeout(0 if self._ended else None) as wait:
+                self._waits.add(wait)
+                try:
+                    yield
+                finally:
+                    self._waits.discard(wait)
+        except TimeoutError:
+            raise stopping() from None
+
     async def _receive(self, request: Request) -> FormData:
         """The form, once all of it has come.
 
         Raises:
-            Refused: it is none, or too large, or comes too slowly.
+            Refused: it is none, or too large, or comes too slowly; or the server ends.
         """
         limits = self._service.limits
         bounded = Request(request.scope, _bounded(request.receive, limits.upload_bytes))
         try:
-            async with asyncio.timeout(limits.upload_patience):
+            async with asyncio.timeout(limits.upload_patience), self._until_the_end():
                 return await bounded.form(max_files=1, max_fields=32, max_part_size=_MOST_FIELD)
         except TimeoutError:
             message = f"the file did not come within {limits.upload_patience:g} s"
             raise Refused(message, code="too_slow", status=408) from None
         except HTTPException as error:
             raise _wrong(str(error.detail)) from None
+        except ValueError:  # such as a charset that decodes nothing
+            raise _wrong("not a form that can be read") from None
         except ClientDisconnect:
             raise _left() from None
 
@@ -207,12 +243,21 @@ class Transcriptions:
         """Run it after what waits already, unless the client is gone before.
 
         Raises:
-            Refused: the recording cannot be read, or the client left.
+            Refused: the recording cannot be read, the client left, or the server ends.
         """
-        try:
-            running = asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+
+        def watched() -> T:
+            self.is_busy = True
             try:
-                await asyncio.wait((running, gone), return_when=asyncio.FIRST_COMPLETED)
+                return work(*arguments)
+            finally:
+                self.is_busy = False
+
+        try:
+            running = asyncio.get_running_loop().run_in_executor(self._thread, watched)
+            try:
+                async with self._until_the_end():
+                    await asyncio.wait((running, gone), return_when=asyncio.FIRST_COMPLETED)
             finally:
                 running.cancel()  # unless it is done
             if running.cancelled():

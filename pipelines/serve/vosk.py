@@ -1,7 +1,7 @@
 """The protocol of vosk-server's websocket: one reply to each message of audio."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from starlette.websockets import WebSocket
@@ -9,7 +9,7 @@ from starlette.websockets import WebSocket
 from asr.decoding import Word
 from asr.recognizer import Segment
 from pipelines.serve.limits import Refused
-from pipelines.serve.native import check, parse_object
+from pipelines.serve.native import parse_object
 from pipelines.serve.pcm import PcmReader
 from pipelines.serve.session import Channel, Live
 
@@ -29,8 +29,8 @@ class Config:
     max_alternatives: int = 0
 
 
-def parse(message: str | bytes) -> Config | Literal["eof", "reset"] | bytes:
-    """Tell what a message is: settings, the end, a new beginning, or audio.
+def parse(message: str | bytes) -> dict[str, Any] | Literal["eof", "reset"] | bytes:
+    """Tell what a message is: settings (those of Config that it names), the end, a new beginning, or audio.
 
     Some clients send their JSON in binary messages: what is a JSON object with one of the three keys is taken
     for one. As audio it would be some milliseconds of noise.
@@ -47,7 +47,7 @@ def parse(message: str | bytes) -> Config | Literal["eof", "reset"] | bytes:
             return message
         raise
     if "config" in given:
-        return _config(given["config"])
+        return _settings(given["config"])
     if given.get("eof"):
         return "eof"
     if given.get("reset"):
@@ -57,17 +57,23 @@ def parse(message: str | bytes) -> Config | Literal["eof", "reset"] | bytes:
     raise Refused("text messages are config, reset or eof", code="bad_message", close=1007)
 
 
-def _config(given: Any) -> Config:
+def _settings(given: Any) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise Refused("config must be an object", code="bad_message", close=1007)
-    rate = given.get("sample_rate")
-    if isinstance(rate, float) and rate.is_integer():  # 16000.0, as JavaScript and kaldi write it
-        given = given | {"sample_rate": int(rate)}
-    check(given, "sample_rate", int, "config.")
-    check(given, "max_alternatives", int, "config.")
-    chosen = {name: given[name] for name in ("sample_rate", "max_alternatives") if given.get(name) is not None}
-    chosen |= {name: bool(given[name]) for name in ("words", "partial_words") if given.get(name) is not None}
-    return Config(**chosen)
+    named = {name: value for name, value in given.items() if value is not None}
+    numbers = {name: _whole(name, named[name]) for name in ("sample_rate", "max_alternatives") if name in named}
+    return numbers | {name: bool(named[name]) for name in ("words", "partial_words") if name in named}
+
+
+def _whole(name: str, value: Any) -> int:
+    """A whole number as clients write it: 16000, 16000.0 or "16000"."""
+    try:
+        number = float(value)
+        if number.is_integer():
+            return int(number)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise Refused(f"config.{name} must be a whole number", code="bad_message", close=1007)
 
 
 async def talk(channel: Channel, service: "Service", websocket: WebSocket) -> None:
@@ -82,10 +88,11 @@ async def talk(channel: Channel, service: "Service", websocket: WebSocket) -> No
     with service.session(channel, "vosk", websocket) as live:
         while (message := await channel.receive()) is not None:
             said = parse(message)
-            if isinstance(said, Config):
-                if said.sample_rate != config.sample_rate and live.is_open:
+            if isinstance(said, dict):
+                changed = replace(config, **said)
+                if changed.sample_rate != config.sample_rate and live.is_open:
                     raise Refused("sample_rate must be set before audio comes, or after reset", code="bad_message")
-                config = said
+                config = changed
             elif said == "reset":
                 await channel.send(result(await live.finish(), config))
                 reader = PcmReader("s16le")

@@ -107,7 +107,7 @@ async function read(file) {
   const { samples, sampleRate } = await decode(file);
   const session = await connect(sampleRate, "f32le");
   const step = Math.round(sampleRate / 4);
-  for (let start = 0; start < samples.length && !stopped; start += step) {
+  for (let start = 0; start < samples.length && !stopped && !session.over; start += step) {
     const block = samples.slice(start, start + step);
     see(block, sampleRate);
     session.send(block);

@@ -9,7 +9,10 @@ export class Session {
     this.done = new Promise((resolve, reject) => { this.end = { resolve, reject }; });
     this.done.catch(() => {}); // told where it is awaited
     socket.onmessage = ({ data }) => this.receive(JSON.parse(data));
-    socket.onclose = ({ code, reason }) => this.fail(new Error(reason || `The connection was lost (${code}).`));
+    socket.onclose = ({ code, reason }) => {
+      if (this.finishing && code === 1000) this.end.resolve();
+      else this.fail(new Error(reason || `The connection was lost (${code}).`));
+    };
   }
 
   /** Connects and waits until the server takes audio. */
@@ -29,9 +32,14 @@ export class Session {
     return session;
   }
 
+  /** Whether no more audio is taken; `done` tells why. */
+  get over() {
+    return this.socket.readyState !== WebSocket.OPEN;
+  }
+
   /** Sends samples, Int16Array or Float32Array as the start message said. */
   send(samples) {
-    if (this.socket.readyState !== WebSocket.OPEN) return;
+    if (this.over) return;
     this.sent.push(performance.now());
     this.socket.send(samples);
   }
@@ -45,7 +53,8 @@ export class Session {
 
   /** Ends the audio; fulfilled when all text has come. */
   async finish() {
-    if (this.socket.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify({ type: "finish" }));
+    this.finishing = true;
+    if (!this.over) this.socket.send(JSON.stringify({ type: "finish" }));
     await this.done;
   }
 
@@ -56,11 +65,8 @@ export class Session {
     }
     if (message.type === "error") {
       this.fail(Object.assign(new Error(message.message), { code: message.code }));
-    } else if (message.type === "done") {
-      this.end.resolve();
-      this.socket.close();
     } else {
-      this.handlers[message.type]?.(message);
+      this.handlers[message.type]?.(message); // `done` is none: how the server closes tells whether all was heard
     }
   }
 
