@@ -16,12 +16,13 @@ from asr.errors import ManifestError, Problem
 
 # What a column of a table, or a key of a JSON row, may be called.
 _NAMES = {
-    "audio": ("audio_filepath", "audio", "path", "file"),
-    "text": ("text", "sentence", "transcript"),
+    "audio": ("audio_filepath", "audio", "path", "file", "file_name"),
+    "text": ("text", "sentence", "transcript", "transcription"),
     "duration": ("duration",),
     "offset": ("offset",),
     "speaker": ("speaker", "speaker_id", "client_id"),
 }
+TEXT_NAMES = _NAMES["text"]
 # Files of a folder that count as recordings; a file named outright may be called anything.
 RECORDINGS = {".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf"}
 RECORDINGS |= {".w64", ".rf64", ".m4a", ".mp4", ".aac", ".webm", ".mkv", ".mov", ".wma", ".amr", ".3gp", ".wv"}
@@ -56,7 +57,7 @@ class Utterance:
     where: str
 
 
-# A reader yields rows still unchecked: "file:line" and the fields by the names of _NAMES.
+# A reader yields rows still unchecked: "file:line" and the fields by the names of _NAMES; "problem" is one it found.
 _Row = tuple[str, dict[str, Any]]
 
 
@@ -70,12 +71,23 @@ def read_manifest(path: str | Path) -> tuple[list[Utterance], list[Problem]]:
     Raises:
         ManifestError: the manifest is missing or unreadable, or has no good row.
     """
+    utterances, problems, _ = read_with_lost(path)
+    return utterances, problems
+
+
+def read_with_lost(path: str | Path) -> tuple[list[Utterance], list[Problem], list[Utterance]]:
+    """As `read_manifest`; and of the bad rows those whose text is known nevertheless, without audio, `where` as id.
+
+    Raises:
+        ManifestError: the manifest is missing or unreadable, or has no good row.
+    """
     # abspath, not resolve: links stay as they are named.
     path = Path(os.path.abspath(path))
     is_folder = os.path.isdir(path)
     folder = path if is_folder else path.parent
     utterances: list[Utterance] = []
     problems: list[Problem] = []
+    lost: list[Utterance] = []
     try:
         for row in _read_folder(path) if is_folder else _read_file(path):
             if isinstance(row, Problem):
@@ -86,6 +98,7 @@ def read_manifest(path: str | Path) -> tuple[list[Utterance], list[Problem]]:
                 utterances.append(_check(where, folder, **fields))
             except ManifestError as error:
                 problems.append(Problem(where, str(error)))
+                lost += _lost(where, fields)
     except FileNotFoundError as error:
         raise ManifestError(f"{error.filename or path}: no such manifest") from None
     except (OSError, EOFError, zlib.error, csv.Error) as error:
@@ -94,11 +107,26 @@ def read_manifest(path: str | Path) -> tuple[list[Utterance], list[Problem]]:
     if not utterances:
         first = f"; the first of {len(problems)} bad rows: {problems[0]}" if problems else ""
         raise ManifestError(f"{path}: no usable row{first}")
-    return _with_unique_ids(utterances), problems
+    return _with_unique_ids(utterances), problems, lost
+
+
+def names_in(path: str | Path) -> list[str]:
+    """The fields that a manifest has: a table's columns, or the keys of the first JSON row; of other formats none."""
+    listed = _list_in(Path(path)) if os.path.isdir(path) else Path(path)
+    if listed is None or listed.name == "wav.scp":
+        return []
+    with _open_text(listed) as file:
+        first = next((line for line in file if line.strip()), "")
+    if _is_json(listed, first):
+        row = next((row for _, row in _json_rows(listed) if isinstance(row, dict)), {})
+        return list(row)
+    return _titles(first)[0]
 
 
 def _check(where: str, folder: Path, **fields: Any) -> Utterance:
     """Make a row an Utterance whose id is not yet unique, or raise ManifestError with the reason alone."""
+    if "problem" in fields:
+        raise ManifestError(fields["problem"])
     audio, text, speaker = (fields.get(name) for name in ("audio", "text", "speaker"))
     if audio is None or audio == "":
         raise ManifestError("lacks the field audio_filepath")
@@ -128,6 +156,15 @@ def _check(where: str, folder: Path, **fields: Any) -> Utterance:
         speaker=speaker or None,
         where=where,
     )
+
+
+def _lost(where: str, fields: dict[str, Any]) -> list[Utterance]:
+    """A bad row, where its text is known."""
+    text, speaker = (
+        value if isinstance(value := fields.get(name), str) and _is_unicode(value) else None
+        for name in ("text", "speaker")
+    )
+    return [] if text is None else [Utterance(id=where, audio="", text=text, speaker=speaker or None, where=where)]
 
 
 def _find(folder: Path, name: str) -> Path:
@@ -188,29 +225,36 @@ def _read_file(path: Path) -> Iterator[_Row | Problem]:
     if path.name == "wav.scp":
         return _read_kaldi(path.parent)
     with _open_text(path) as file:
-        first = next((line for line in file if line.strip()), "").lstrip()
-    if first.startswith("["):
+        first = next((line for line in file if line.strip()), "")
+    if first.lstrip().startswith("["):
         raise ManifestError(f"{path}: one JSON list; write one JSON object a line")
-    if first.startswith("{") or ".json" in path.name:
-        return _read_json_lines(path)
-    return _read_table(path)
+    return _read_json_lines(path) if _is_json(path, first) else _read_table(path)
+
+
+def _is_json(path: Path, first: str) -> bool:
+    """Whether a manifest of this name and first line is JSON Lines, and no table."""
+    return first.lstrip().startswith("{") or ".json" in path.name
 
 
 def _read_folder(path: Path) -> Iterator[_Row | Problem]:
+    listed = _list_in(path)
+    return _read_recordings(path) if listed is None else _read_file(listed)
+
+
+def _list_in(path: Path) -> Path | None:
+    """The manifest in a folder; None where it holds none."""
     if (path / "wav.scp").is_file():
-        return _read_kaldi(path)
+        return path / "wav.scp"
     lists = [p for p in sorted(path.iterdir()) if p.name.endswith((".jsonl", ".jsonl.gz", ".csv", ".tsv"))]
     found = (
         [p for p in lists if "cuts" in p.name]
         or [p for p in lists if "supervisions" in p.name]
         or [p for p in lists if "recordings" not in p.name]
     )
-    if len(found) == 1:
-        return _read_file(found[0])
-    if found:
+    if len(found) > 1:
         names = ", ".join(p.name for p in found)
         raise ManifestError(f"{path}: holds several manifests; name one of them: {names}")
-    return _read_recordings(path)
+    return found[0] if found else None
 
 
 def _read_recordings(folder: Path) -> Iterator[_Row | Problem]:
@@ -246,9 +290,7 @@ def _read_recordings(folder: Path) -> Iterator[_Row | Problem]:
 def _read_table(path: Path) -> Iterator[_Row | Problem]:
     """CSV or TSV; the header says which columns there are, and what parts them."""
     with _open_text(path) as file:
-        header = file.readline()
-        delimiter = max("\t,;|", key=header.count)
-        titles = [title.strip().lower() for title in _cells(header, delimiter)]
+        titles, delimiter = _titles(file.readline())
         columns = {
             field: next(titles.index(name) for name in names if name in titles)
             for field, names in _NAMES.items()
@@ -269,8 +311,18 @@ def _read_table(path: Path) -> Iterator[_Row | Problem]:
                 continue
             if len(cells) < len(titles):
                 yield Problem(where, f"has {len(cells)} columns, the header {len(titles)}")
+            elif any(cells[len(titles) :]):
+                quoted = f"put texts with {delimiter!r} in quotation marks"
+                advice = "a text holds no tab" if delimiter == "\t" else quoted
+                yield Problem(where, f"has {len(cells)} columns, the header {len(titles)}; {advice}")
             else:
                 yield where, {field: cells[column] for field, column in columns.items()}
+
+
+def _titles(header: str) -> tuple[list[str], str]:
+    """The columns of a table, and what parts them."""
+    delimiter = max("\t,;|", key=header.count)
+    return [title.strip().lower() for title in _cells(header, delimiter)], delimiter
 
 
 def _cells(line: str, delimiter: str) -> list[str]:
@@ -294,7 +346,8 @@ def _read_json_lines(path: Path) -> Iterator[_Row | Problem]:
                 recordings = _recordings_of(path)
             recording = recordings.get(str(row["recording_id"]))
             if recording is None:
-                yield Problem(where, f"recording {row['recording_id']!r} is not in the list of recordings")
+                problem = f"recording {row['recording_id']!r} is not in the list of recordings"
+                yield where, {"text": row.get("text"), "speaker": row.get("speaker"), "problem": problem}
             else:
                 cut = {"type": "MonoCut", "recording": recording, "supervisions": [row]}
                 yield from _read_cut(where, cut | {"channel": row.get("channel")})
@@ -352,12 +405,12 @@ def _read_cut(where: str, cut: dict[str, Any]) -> Iterator[_Row | Problem]:
             yield where, audio | {"offset": cut_start, "duration": cut_duration}
         for supervision in cut.get("supervisions") or ():
             start, duration = float(supervision["start"]), float(supervision["duration"])
+            fields = {"text": supervision.get("text"), "speaker": supervision.get("speaker")}
             end = math.inf if cut_duration is None else cut_duration
             if start < -_MOST_OUTSIDE or start + duration > end + _MOST_OUTSIDE:
-                yield Problem(where, f"text {supervision.get('id')} reaches out of its cut")
+                yield where, fields | {"problem": f"text {supervision.get('id')} reaches out of its cut"}
                 continue
             offset = round(max(cut_start + start, 0.0), 6)
-            fields = {"text": supervision.get("text"), "speaker": supervision.get("speaker")}
             yield where, audio | fields | {"offset": offset, "duration": duration}
     except ManifestError as error:
         yield Problem(where, str(error))
@@ -378,6 +431,8 @@ def _read_kaldi(folder: Path) -> Iterator[_Row | Problem]:
     yield from problems
     listed, texts = tables.get("segments", recordings), tables.get("text")
     for utterance, (value, where) in listed.items():
+        text, _ = (texts or {}).get(utterance, (None, ""))
+        speaker, _ = tables.get("utt2spk", {}).get(utterance, (None, ""))
         try:
             fields = _segment(value, recordings) if "segments" in tables else {"audio": value}
             if fields["audio"].endswith("|"):
@@ -385,14 +440,11 @@ def _read_kaldi(folder: Path) -> Iterator[_Row | Problem]:
             if texts is not None and utterance not in texts:
                 raise ManifestError(f"utterance {utterance} has no line in the file text")
         except ManifestError as error:
-            yield Problem(where, str(error))
-            continue
-        text, _ = texts[utterance] if texts is not None else (None, "")
-        speaker, _ = tables.get("utt2spk", {}).get(utterance, (None, ""))
+            fields = {"problem": str(error)}
         yield where, fields | {"text": text, "speaker": speaker}
-    for utterance, (_, where) in (texts or {}).items():
+    for utterance, (text, where) in (texts or {}).items():
         if utterance not in listed:
-            yield Problem(where, f"utterance {utterance} has no audio")
+            yield where, {"text": text, "problem": f"utterance {utterance} has no audio"}
 
 
 def _segment(value: str, recordings: dict[str, tuple[str, str]]) -> dict[str, Any]:

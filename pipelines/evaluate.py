@@ -11,7 +11,7 @@ import numpy as np
 
 from asr.audio import SAMPLE_RATE, read_audio
 from asr.errors import AudioError, ManifestError, Problem
-from asr.manifest import Utterance, read_manifest
+from asr.manifest import Utterance, read_with_lost
 from asr.metrics import ErrorCounts, count_errors
 from pipelines.evaluate_live import Joined, Partials, Stability, join
 from pipelines.transcribe import RecognizerOptions
@@ -29,7 +29,7 @@ _ROUNDING_SECONDS = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One row and what was recognized in it: `transcript` is None where its audio cannot be read."""
+    """One row and what was recognized in it: `transcript` is None where the row or its audio cannot be read."""
 
     manifest: str
     row: Utterance | Joined
@@ -47,7 +47,7 @@ class Outcome:
 
     @property
     def hypothesis(self) -> str:
-        """What was recognized; nothing where the audio cannot be read, so that all its words are deletions."""
+        """What was recognized; nothing where that cannot be read, so that all its words are deletions."""
         return self.transcript.text if self.transcript else ""
 
 
@@ -56,8 +56,8 @@ class Score:
     """The result of one manifest, or of several together.
 
     Attributes:
-        utterances: rows with a text to score against, those with unreadable audio included.
-        unreadable: rows that could not be recognized; the words of their texts count as deletions.
+        utterances: rows with a text to score against, those that could not be recognized included.
+        unreadable: rows that could not be recognized; the words of their texts, where known, count as deletions.
         errors: the counts.
         audio_seconds: audio that was recognized.
         processing_seconds: time from file to text (reading, recognizing), the loading of the model aside.
@@ -117,7 +117,7 @@ def evaluate(
         two_pass: with "streaming" and `endpoint`: the offline network reads every segment again.
         join_seconds: score the utterances of each speaker joined to so much audio, with pauses between them.
         change: what is done to the samples of each row, (n,) at 16 kHz, before it is read.
-        on_utterance: is told the outcome of each row, in the order of the manifest.
+        on_utterance: is told the outcome of each row, in the order of the manifest; of bad rows at the end.
         recognizer: of these options, where it is loaded already.
 
     Raises:
@@ -129,9 +129,9 @@ def evaluate(
     problems: list[Problem] = []
     for manifest in manifests:
         try:
-            rows, bad_rows = read_manifest(manifest)
+            rows, bad_rows, lost = read_with_lost(manifest)
             with_text = [row for row in rows if row.text is not None]
-            if not with_text:
+            if not with_text and not lost:
                 raise ManifestError(f"{manifest}: no row has a text to score against")
         except ManifestError as error:
             problems.append(Problem(str(manifest), str(error).removeprefix(f"{manifest}: ")))
@@ -144,6 +144,7 @@ def evaluate(
             Outcome(manifest=str(manifest), row=row, transcript=transcript)
             for row, transcript in zip(scored, work.transcripts(scored), strict=True)
         ]
+        outcomes += [Outcome(manifest=str(manifest), row=row, transcript=None) for row in lost]
         if on_utterance is not None:
             for outcome in outcomes:
                 on_utterance(outcome)
@@ -153,7 +154,7 @@ def evaluate(
                 manifest=str(manifest),
                 network="two-pass" if two_pass else network,
                 decoding=options.decoding,
-                utterances=len(with_text),
+                utterances=len(with_text) + len(lost),
                 unreadable=len(bad_rows) + len(work.problems),
                 errors=sum(counts, ErrorCounts()),
                 audio_seconds=work.audio_seconds,

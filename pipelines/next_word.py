@@ -15,6 +15,7 @@ from asr.decoding.ngram import Perplexity, estimate
 from asr.decoding.ngram import perplexity as ngram_perplexity
 from asr.errors import ConfigError, TextError
 from asr.next_word import NextWord
+from asr.nn import CELLS
 from asr.runtime.folder import NETWORKS, NEXT_WORD_FOLDER, shipped_model
 from asr.text import normalize
 from asr.training.next_word import NextWordTraining, train_next_word
@@ -70,11 +71,18 @@ def train_network(
             with other options.
         TextError: a text cannot be read, or is too short.
     """
+    if kind not in CELLS:
+        raise ConfigError(f"--kind {kind}: no such cell; there are {', '.join(CELLS)}, and ngram for n-grams")
     if kind != "lstm" and any((out / name).is_dir() for name in NETWORKS):
         raise ConfigError(f"{out}: is a model, and its search reads --kind lstm alone; give another --out")
     lines = [line for path in texts for line in read_lines(path)]
     kept_back = math.ceil(len(lines) / _HELD_OUT)
     lines, held_out = lines[: len(lines) - kept_back], lines[len(lines) - kept_back :]
+    if held_out and not lines:
+        raise TextError(
+            f"{len(held_out)} line: too few to train on, as the last (one in {_HELD_OUT}) is kept back to measure the "
+            "perplexity; 2 lines are needed at the least, a sentence each"
+        )
     training = training or NextWordTraining()
     torch.manual_seed(training.seed)
     if init_from is not None:

@@ -6,6 +6,7 @@ not made again, so a job that was killed goes on where it was and ends with the 
 """
 
 import json
+import logging
 import pickle
 import warnings
 from collections import Counter
@@ -20,7 +21,7 @@ from asr.audio import SAMPLE_RATE
 from asr.config import FeatureConfig
 from asr.errors import AsrError, ConfigError, ManifestError, Problem
 from asr.lexicon import phones_of
-from asr.manifest import Utterance
+from asr.manifest import TEXT_NAMES, Utterance, names_in
 from asr.training.shards import VERSION, Statistics
 from pipelines.progress import meter
 from pipelines.report_data import data_report
@@ -29,6 +30,7 @@ from pipelines.storage import Store, is_remote, read_any_manifest
 
 STORES = ("audio", "features")
 LEXICONS = (None, "cmudict")
+_log = logging.getLogger("asr")
 _TASK_DEATHS = 5  # of one shard's task, before the job gives up: nodes do get lost, but not that often
 
 
@@ -101,6 +103,8 @@ def prepare(
     count = 0
     for manifest in map(str, manifests):
         rows, unread = read_any_manifest(manifest)
+        if all(row.text is None for row in rows):
+            _log.warning("%s: %s", manifest, _without_texts(manifest, len(rows)))
         jobs = shard_jobs(manifest, rows, folder.folder, count, store, lexicon, shard_seconds)
         count += len(jobs)
         sources.append(_Source(manifest, jobs, unread))
@@ -154,6 +158,14 @@ def shard_jobs(
         )
         for number, part in enumerate(_cut(rows, shard_seconds), first)
     ]
+
+
+def _without_texts(manifest: str, rows: int) -> str:
+    """What to say of a manifest without texts: they may stand under a name that means nothing here."""
+    names = [] if is_remote(manifest) else names_in(manifest)
+    has = f"it has {', '.join(names)}; " if names else ""
+    known = f"in tables and JSON, a text is called {', '.join(TEXT_NAMES[:-1])} or {TEXT_NAMES[-1]}"
+    return f"none of its {rows} rows has a text: good for noise only ({has}{known})"
 
 
 def _cut(rows: list[Utterance], shard_seconds: float) -> Iterator[tuple[Utterance, ...]]:

@@ -26,7 +26,7 @@ SHORTEST_SECONDS = 0.05
 DURATION_TOLERANCE = (0.2, 0.05)  # seconds, share of the manifest's: the larger one counts
 _FEATURE_BLOCK = 30 * SAMPLE_RATE
 _ASSUMED_SECONDS = 5.0  # of a row that doesn't tell, for cutting shards and the progress bar
-_REPORT_VERSION = 2
+_REPORT_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +153,8 @@ def _prepare_row(utterance: Utterance, samples: np.ndarray | AudioError, job: Sh
             )
     # as the network will see them in training: after rounding to 16 bit
     pcm = np.clip(np.rint(samples * 32768.0), -32768, 32767).astype("<i2")
+    if job.needs_text and not pcm.any():  # nobody says the text there; noise may be silence
+        raise AudioError(f"{utterance.audio}: silent: every sample is 0, or the channels cancel each other out in mono")
     features = _log_mel(pcm.astype(np.float32) / 32768.0)
     stored = features.astype("<f2") if job.store == "features" else None
     row = {

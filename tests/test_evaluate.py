@@ -85,6 +85,23 @@ def test_unreadable_rows_are_named_and_their_words_are_deletions(
 
 
 @pytest.mark.parametrize("join", [None, 60.0])
+def test_the_words_of_bad_rows_are_deletions_where_they_are_known(tmp_path: Path, join: float | None) -> None:
+    path = manifest(tmp_path / "m.jsonl", *[("go left stop", "go left stop")] * 2)
+    (tmp_path / "m-1.wav").unlink()
+    with path.open("a") as file:
+        file.write('{"audio_filepath": "m-0.wav", "duration": 0, "text": "Go left, stop!"}\n')
+        file.write('{"audio_filepath": "m-0.wav", "text": 5}\n')
+    seen: list[tuple[str, str]] = []
+    scores, problems = evaluate(
+        [path], ToyOptions(), join_seconds=join, on_utterance=lambda o: seen.append((o.reference, o.hypothesis))
+    )
+    assert (scores[0].utterances, scores[0].unreadable) == (3, 3)
+    assert (scores[0].errors.words, scores[0].errors.deletions, scores[0].errors.word_errors) == (9, 6, 6)
+    assert {problem.where for problem in problems} == {f"{path}:{line}" for line in (2, 3, 4)}
+    assert seen[-1] == ("Go left, stop!", "")
+
+
+@pytest.mark.parametrize("join", [None, 60.0])
 @pytest.mark.parametrize("network", ["offline", "streaming"])
 def test_whatever_is_wrong_with_a_recording_its_words_are_deletions(
     tmp_path: Path, network: str, join: float | None

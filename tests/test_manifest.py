@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from recordings import unprivileged
 
 from asr.errors import ManifestError
-from asr.manifest import Utterance, read_manifest
+from asr.manifest import Utterance, names_in, read_manifest, read_with_lost
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -306,6 +306,52 @@ def test_tables_with_bad_rows(tmp_path):
     assert "duration" in problems[0].reason and "1 columns, the header 3" in problems[1].reason
     assert "no column" in refusal(lines(tmp_path / "headless.csv", "a.wav,hello", "b.wav,you"))
     assert [u.text for u in good(lines(tmp_path / "audio.csv", "audio", "a.wav"))] == [None]
+
+
+@pytest.mark.parametrize(
+    ("name", "mark", "advice"),
+    [("m.csv", ",", "put texts with ','"), ("m.txt", ";", "put texts with ';'"), ("m.tsv", "\t", "no tab")],
+)
+def test_a_text_that_is_cut_apart_is_named(tmp_path, name, mark, advice):
+    rows = (["audio_filepath", "text"], ["x.flac", "well", " how are you", " my friend"], ["y.flac", "fine", ""])
+    path = lines(tmp_path / name, *map(mark.join, rows))
+    utterances, problems = read_manifest(path)
+    assert [(u.id, u.text) for u in utterances] == [("y", "fine")]
+    assert [p.where for p in problems] == [f"{path}:2"]
+    assert problems[0].reason.startswith("has 4 columns, the header 2; ") and advice in problems[0].reason
+
+
+def test_names_of_hugging_face(tmp_path):
+    table = lines(tmp_path / "metadata.csv", "file_name,transcription", "a.wav,hello")
+    rows = lines(tmp_path / "m.jsonl", {"file_name": "a.wav", "transcription": "hello"})
+    assert [u.text for u in good(table) + good(rows)] == ["hello", "hello"]
+
+
+def test_the_names_of_what_a_manifest_holds(tmp_path):
+    rows = lines(tmp_path / "m.jsonl", "", "{", {"audio": "a.wav", "label": "rain"})
+    (tmp_path / "a").mkdir()
+    table = lines(tmp_path / "a" / "m.csv", "Path; Words", "a.wav;hello")
+    lines(tmp_path / "wav.scp", "a a.wav")
+    found = [names_in(path) for path in (rows, table, table.parent, tmp_path, tmp_path / "wav.scp")]
+    assert found == [["audio", "label"], ["path", "words"], ["path", "words"], [], []]
+
+
+def test_the_text_of_a_bad_row_is_kept(tmp_path):
+    fine = {"audio_filepath": "a.wav", "text": "fine"}
+    bad = [fine | {"duration": 0, "text": "go left", "speaker": "ann"}, {"text": "no audio"}]
+    path = lines(tmp_path / "m.jsonl", fine, *bad, fine | {"duration": -1, "text": None}, "{", fine | {"text": 5})
+    utterances, problems, lost = read_with_lost(path)
+    assert (utterances, problems) == read_manifest(path)
+    assert len(problems) == 5
+    assert [(u.id, u.text, u.speaker, u.where) for u in lost] == [
+        (f"{path}:2", "go left", "ann", f"{path}:2"),
+        (f"{path}:3", "no audio", None, f"{path}:3"),
+    ]
+    cuts = [cut(2, 1, supervision("s", -0.5, 1, "cut off")), cut(0, 1)]
+    assert [u.text for u in read_with_lost(lines(tmp_path / "cuts.jsonl", *cuts))[2]] == ["cut off"]
+    lines(tmp_path / "wav.scp", "a a.wav", "b sox b.sph |")
+    lines(tmp_path / "text", "a one", "b two", "c three")
+    assert [u.text for u in read_with_lost(tmp_path / "wav.scp")[2]] == ["two", "three"]
 
 
 def test_common_voice_keeps_its_recordings_in_clips(tmp_path):

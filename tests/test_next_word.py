@@ -248,6 +248,12 @@ def test_what_the_commands_refuse(tmp_path: Path, capsys: pytest.CaptureFixture[
     capsys.readouterr()
     assert run("train-lm", text, "--out", tmp_path, "--kind", "lstn") == 2
     assert "lstn: no such cell; there are" in capsys.readouterr().err
+    line = tmp_path / "line.txt"
+    line.write_text("one two three " * 2000, encoding="utf-8")
+    assert run("train-lm", line, "--out", tmp_path, "--kind", "lstn") == 2
+    assert "--kind lstn: no such cell; there are" in capsys.readouterr().err
+    assert run("train-lm", line, "--out", tmp_path, "--kind", "lstm") == 1
+    assert "1 line: too few to train on" in (said := capsys.readouterr().err) and "2 lines are needed" in said
     assert run("train-lm", text, "--out", tmp_path, "--kind", "lstm") == 1
     assert "too few to train on" in capsys.readouterr().err
     (tmp_path / "model" / "offline").mkdir(parents=True)

@@ -179,6 +179,42 @@ def test_recordings_without_texts_are_noise(tmp_path: Path) -> None:
     assert ShardDataset(tmp_path / "out").texts == ["", "", ""]
 
 
+@pytest.mark.parametrize("name", ["m.csv", "m.jsonl"])
+def test_a_manifest_whose_texts_are_not_found_is_told(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    recordings(tmp_path, 2)
+    rows = [("000.wav", "one"), ("001.wav", "two")]
+    told = {
+        "m.csv": "".join(f"{a},{b}\n" for a, b in [("path", "words"), *rows]),
+        "m.jsonl": "".join(json.dumps({"path": a, "words": b}) + "\n" for a, b in rows),
+    }
+    (tmp_path / name).write_text(told[name])
+    assert prepare([tmp_path / name], tmp_path / "out", workers=0).utterances == 2
+    (said,) = caplog.messages
+    assert said.startswith(f"{tmp_path / name}: none of its 2 rows has a text: good for noise only (it has path, words")
+    assert "transcription" in said
+    (tmp_path / name).write_text(told[name].replace("words", "transcription"))
+    prepare([tmp_path / name], tmp_path / "out", workers=0)
+    assert ShardDataset(tmp_path / "out").texts == ["one", "two"]
+    assert len(caplog.messages) == 1
+
+
+def test_nobody_says_a_text_in_silence(tmp_path: Path) -> None:
+    rows = recordings(tmp_path, 1)
+    samples = noise(0.5, seed=1)
+    soundfile.write(tmp_path / "silent.wav", np.zeros(8000, np.int16), SAMPLE_RATE)
+    soundfile.write(tmp_path / "antiphase.wav", np.stack([samples, -samples], axis=1), SAMPLE_RATE)
+    silent = [{"audio_filepath": name} for name in ("silent.wav", "antiphase.wav")]
+    manifest = write_manifest(tmp_path, rows + [row | {"text": "hello world"} for row in silent])
+    summary = prepare([manifest], tmp_path / "out", workers=0)
+    assert [problem.where for problem in summary.skipped] == [f"{manifest}:2", f"{manifest}:3"]
+    assert all("silent" in problem.reason for problem in summary.skipped)
+    assert ShardDataset(tmp_path / "out").ids == ["000"]
+    summary = prepare([write_manifest(tmp_path, silent)], tmp_path / "noise", workers=0)  # noise may be silence
+    assert (summary.utterances, summary.skipped) == (2, ())
+
+
 def test_a_text_in_any_script_is_kept(tmp_path: Path) -> None:
     rows = recordings(tmp_path, 1)
     rows[0]["text"] = "きょうは、いい てんき。"

@@ -138,6 +138,15 @@ def test_weights_of_a_source_that_is_not_there_are_refused(tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
 
 
+def test_tuning_data_without_texts_is_refused(tmp_path: Path) -> None:
+    config = tone_config(write_corpus(tmp_path / "d", rows=6))
+    extra = [row("a", "", np.zeros(16_000)), row("b", "", np.zeros(16_000))]
+    dev = write_corpus(tmp_path / "dev", rows=0, extra=extra)
+    with pytest.raises(ConfigError, match=r"data\.dev: none of its 2 utterances has a text"):
+        run_training(changed(config, "data", dev=(str(dev),)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_start_that_failed_leaves_nothing_behind(tmp_path: Path) -> None:
     folder = write_corpus(tmp_path / "d", rows=6)
     config = tone_config(folder, epochs=1)
@@ -204,7 +213,7 @@ def test_the_shipped_network_is_tuned_to_new_tokens(tmp_path: Path) -> None:
     info = json.loads((folder / "dataset.json").read_text())
     info |= {"features": dataclasses.asdict(FeatureConfig()), "mean": [-9.0] * 80, "variance": [9.0] * 80}
     (folder / "dataset.json").write_text(json.dumps(info))
-    shipped = load_network(shipped_model() / "streaming")
+    shipped = load_network(shipped_model() / "streaming", dithered=True)
     config = TrainConfig(
         model=shipped.config.model,
         data=DataConfig(train=(str(folder),)),
