@@ -29,7 +29,6 @@ _BEHIND_SECONDS = 1.0  # lag that is told; below half of it, that it is over
 _QUEUE_SECONDS = 30.0  # audio that may wait for a slow recognizer before it is dropped and counted
 _FILES = (b"RIFF", b"RF64", b"fLaC", b"OggS", b"ID3")  # how recordings in files begin
 _PIPE_BYTES = 65_536  # what a pipe holds (Linux), and so at the most what is in one when it is asked to stop
-_NEVER = threading.Event()
 _DEAD_SECONDS = 5.0  # without any audio: not even a quiet room is so silent
 
 
@@ -47,7 +46,7 @@ class Source(Protocol):
     sample_rate: int
     lost: int  # blocks that were lost so far, because nobody took them in time
 
-    def blocks(self, stop: threading.Event = _NEVER) -> Generator[Block, None, None]:
+    def blocks(self, stop: threading.Event) -> Generator[Block, None, None]:
         """The audio as it arrives; once `stop` is set, what has been captured by then, and no more."""
         ...
 
@@ -61,7 +60,7 @@ class FileSource:
         self._path = path
         self._realtime = realtime
 
-    def blocks(self, stop: threading.Event = _NEVER) -> Generator[Block, None, None]:
+    def blocks(self, stop: threading.Event) -> Generator[Block, None, None]:
         """Blocks of a tenth of a second.
 
         Raises:
@@ -89,7 +88,7 @@ class PipeSource:
         self.lost = 0
         self._pipe = pipe or sys.stdin.buffer
 
-    def blocks(self, stop: threading.Event = _NEVER) -> Generator[Block, None, None]:
+    def blocks(self, stop: threading.Event) -> Generator[Block, None, None]:
         """Blocks of a tenth of a second, until the pipe ends; empty ones while nothing comes.
 
         Raises:
@@ -152,7 +151,7 @@ class MicrophoneSource:
             except self._sounddevice.PortAudioError:
                 continue
 
-    def blocks(self, stop: threading.Event = _NEVER) -> Generator[Block, None, None]:
+    def blocks(self, stop: threading.Event) -> Generator[Block, None, None]:
         """Blocks of a tenth of a second, until the device stops.
 
         Raises:

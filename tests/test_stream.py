@@ -57,7 +57,7 @@ class Played:
         self.lost = 0
         self._audio, self._late, self._then = audio, late or [], then
 
-    def blocks(self, stop: threading.Event = NEVER) -> Generator[Block, None, None]:
+    def blocks(self, stop: threading.Event) -> Generator[Block, None, None]:
         for number, start in enumerate(range(0, len(self._audio), 1600)):
             late = self._late[number] if number < len(self._late) else 0.0
             yield Block(samples=self._audio[start : start + 1600], captured=time.monotonic() - late)
@@ -150,7 +150,7 @@ def test_the_second_network_is_there_before_the_first_sound() -> None:
     loaded: list[str] = []
 
     class Late(Played):
-        def blocks(self, stop: threading.Event = NEVER) -> Generator[Block, None, None]:
+        def blocks(self, stop: threading.Event) -> Generator[Block, None, None]:
             loaded.append("sound")
             yield from super().blocks(stop)
 
@@ -279,7 +279,7 @@ def test_what_was_heard_is_shown_before_the_audio_breaks_off() -> None:
 
 def test_ctrl_c_ends_with_the_text_so_far() -> None:
     class Interrupted(Played):
-        def blocks(self, stop: threading.Event = NEVER) -> Generator[Block, None, None]:
+        def blocks(self, stop: threading.Event) -> Generator[Block, None, None]:
             for number, block in enumerate(super().blocks(stop)):
                 if number == 20:
                     os.kill(os.getpid(), signal.SIGINT)
@@ -402,7 +402,7 @@ def test_a_microphone_that_is_stereo_alone_is_mixed_down(card: FakeSounddevice) 
     card.mono = False
     source = MicrophoneSource()
     with pytest.raises(AsrError, match="microphone stopped"):
-        for block in source.blocks():
+        for block in source.blocks(NEVER):
             assert block.samples == pytest.approx(np.full(4410, 0.1))
     assert card.opened["channels"] == 2
 
@@ -411,7 +411,7 @@ def test_a_microphone_that_falls_silent_is_told(card: FakeSounddevice, monkeypat
     monkeypatch.setattr("pipelines.stream._DEAD_SECONDS", 0.1)
     card.active = True  # so it says, but no more audio comes
     with pytest.raises(AsrError, match="still plugged in"):
-        list(MicrophoneSource().blocks())
+        list(MicrophoneSource().blocks(NEVER))
 
 
 def test_an_unknown_microphone_is_named(card: FakeSounddevice) -> None:
