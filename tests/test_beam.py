@@ -131,6 +131,14 @@ def test_what_gave_way_to_a_likelier_beginning_is_still_among_the_n_best(lm: Lan
     assert second.score == pytest.approx(alone.finish()[0].score, abs=1e-4)
 
 
+def test_texts_far_behind_the_best_are_not_told(lm: LanguageModel) -> None:
+    search = BeamSearch(*lm, TOKENS, BeamConfig(beam=50, lm_weight=0.0, word_score=0.0, nbest=2))
+    for far, told in ((7.0, ["bee", "see"]), (13.0, ["bee"])):  # natural log, by which "s" is less likely than "b"
+        decoder = search()
+        decoder.accept(np.log(np.exp(frames("_be_e_", 1 - 1e-9)) + math.exp(-far) * np.exp(frames("_se_e_", 1 - 1e-9))))
+        assert [text(hypothesis.tokens) for hypothesis in decoder.finish()] == told
+
+
 def test_torchaudios_decoder_finds_the_same(lm: LanguageModel, tmp_path: Path) -> None:
     decoders = pytest.importorskip("torchaudio.models.decoder", reason="torchaudio is not installed")
     torch = pytest.importorskip("torch")

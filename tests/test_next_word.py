@@ -197,6 +197,21 @@ def test_whole_texts_are_scored_without_torch(trained: Path, tmp_path: Path) -> 
         TextScorer(tmp_path / "small")
 
 
+def test_beginnings_that_end_alike_share_a_memory(trained: Path) -> None:
+    """Eight words after two texts differed, what follows is scored as after the first of them."""
+    scorer = TextScorer(trained)
+    first, other, *same, word = (scorer.numbers[name] for name in (LEXICON * 11)[:11])
+    for alike in (same, same[:-2]):  # with the word, the latter are seven
+        texts = [[first, *alike], [other, *alike], [first, *alike, word], [other, *alike, word]]
+        alone = np.concatenate([scorer.log_probs([one]) for one in texts])
+        together = scorer.log_probs(texts)
+        np.testing.assert_allclose(together[[0, 2]], alone[[0, 2]], rtol=1e-5)
+        added = together[2:] - together[:2]
+        own = alone[2:] - alone[:2]
+        assert abs(own[1] - own[0]) > 1e-3
+        assert added[1] == pytest.approx(own[0] if alike is same else own[1], abs=1e-4)
+
+
 def run(*arguments: object) -> int:
     with pytest.raises(SystemExit) as ended:
         main(list(map(str, arguments)))

@@ -316,7 +316,8 @@ class BeamDecoder:
                 for f in found
             ]
         readings = [log_probs] if again is None or self._first else [log_probs, again]
-        weighed = self._search.weigh(readings, sorted({(), *(f.words for f in found)}))
+        likeliest_first = sorted(found, key=lambda f: -f.score)
+        weighed = self._search.weigh(readings, list(dict.fromkeys([(), *(f.words for f in likeliest_first)])))
         weighed[()] += _SILENCE
         possible = sorted((words for words in weighed if weighed[words] > -np.inf), key=lambda words: -weighed[words])
         return [

@@ -19,6 +19,7 @@ THRESHOLD, SLACK = 22.0, 2.0
 SURE = 1.5  # a blank so much (natural log) likelier than any label, priors taken off, is all that there is to a frame
 LIKELIEST = 15  # labels that are tried at a frame (docs/trials.md)
 SURPRISE = 2.0  # base 10: words that would be dropped though a context made them so much likelier are not looked up
+FURTHEST = 10.0  # natural log: texts so much worse than the best that a search found are not looked for
 _NONE = -1
 _KEY_BITS = 63
 _FINE = 2.0**32  # scores that differ by less than one in so many count as equal when they are sorted
@@ -143,11 +144,12 @@ class _Frame(NamedTuple):
     text: np.ndarray
     other: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
-    def step(self, i: int) -> tuple[int, int, list[tuple[int, int, float]]]:
-        """What led to a hypothesis: which one it was, the word that ended, and those that gave way to it."""
+    def step(self, i: int) -> tuple[int, int, list[tuple[float, int, int]]]:
+        """What led to a hypothesis: which one it was, the word that ended, and those that gave way to it, by how much
+        worse they were."""
         to, came, word, lost = self.other
         mine = np.flatnonzero(to == i)
-        others = list(zip(came[mine].tolist(), word[mine].tolist(), lost[mine].tolist(), strict=True))
+        others = sorted(zip(lost[mine].tolist(), came[mine].tolist(), word[mine].tolist(), strict=True))
         return int(self.old[i]), int(self.word[i]), others
 
 
@@ -300,6 +302,8 @@ class Running:
         whole = np.flatnonzero(self._node == 0)
         at = whole if len(whole) else np.arange(len(self._node))
         scores = self._score[at] + self._lexicon.lm_weight * self._scorer.finish(self._state[at])
+        near = scores >= scores.max() - FURTHEST
+        at, scores = at[near], scores[near]
         # Backwards from the end, the best way first. Up to where one hypothesis gave way to another both are what they
         # are; from there on a way takes the one that gave way, and loses what that was worse by.
         ways: list[tuple[float, int, int, tuple[int, ...]]]
@@ -307,7 +311,8 @@ class Running:
         heapq.heapify(ways)
         seen: set[tuple[int, tuple[int, ...]]] = set()
         found: dict[tuple[int, ...], Found] = {}
-        steps: dict[tuple[int, int], tuple[int, int, list[tuple[int, int, float]]]] = {}
+        steps: dict[tuple[int, int], tuple[int, int, list[tuple[float, int, int]]]] = {}
+        most_lost = ways[0][0] + FURTHEST
         while ways and len(found) < most:
             less, t, i, words = heapq.heappop(ways)
             said = (int(self._frames[t - 1].text[i]) if t else 0, words)
@@ -320,7 +325,9 @@ class Running:
                 if step is None:
                     step = steps[t, i] = self._frames[t].step(i)
                 old, word, others = step
-                for came, ended, lost in others:
+                for lost, came, ended in others:
+                    if less + lost > most_lost:
+                        break
                     heapq.heappush(ways, (less + lost, t, came, words if ended == _NONE else (ended, *words)))
                 words = words if word == _NONE else (word, *words)
                 i = old

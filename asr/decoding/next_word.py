@@ -22,6 +22,7 @@ from asr.files import write_atomically
 FORMAT_VERSION = 2
 UNKNOWN_ID, END_ID = 0, 1
 _ABOUT, _WORDS, _WEIGHTS = "model.json", "words.txt.gz", "weights.npz"
+_REMEMBERED = 8  # words, by which memories are told apart: 2.5 times fewer in a long sentence
 _ROWS = 64  # of scores of all words at a time: they stay in the cache
 _SCALE = ".scale"  # of each row of a matrix that is kept as int8
 
@@ -132,7 +133,8 @@ class TextScorer:
     def log_probs(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
         """The natural-log probability of each text, its end included, given as numbers: (texts,) float64.
 
-        Texts share what is computed for the beginnings that they share.
+        Texts share what is computed for beginnings of one length whose last words are the same, as the one among them
+        remembers them that comes first.
         """
         lengths = np.array([len(text) for text in texts], np.int64)
         words = np.full((len(texts), max(lengths, default=-1) + 1), END_ID)  # each text with its end
@@ -153,9 +155,10 @@ class TextScorer:
             count += len(h)
             going_on = lengths[rows] > depth
             rows, at = rows[going_on], at[going_on]
-            differing, at = np.unique(at * len(self._bias) + wanted[rows], return_inverse=True)
-            before, read = np.divmod(differing, len(self._bias))
-            h, c = h[before], c[before]
+            latest = words[rows, max(depth + 1 - _REMEMBERED, 0) : depth + 1]
+            _, first, those = np.unique(latest, axis=0, return_index=True, return_inverse=True)
+            h, c, read = h[at[first]], c[at[first]], wanted[rows[first]]
+            at = those.reshape(-1)
         y = np.concatenate([np.zeros((0, len(self._narrow[0])), np.float32), *outputs])
         norms = self._norms(y)
         totals = np.zeros(len(texts))
