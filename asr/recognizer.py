@@ -25,7 +25,6 @@ from asr.network import BATCH_ROWS, Alternative, Network, Segment, Transcript, t
 from asr.runtime import check_choice, load_engine
 from asr.runtime.folder import (
     NETWORKS,
-    PREDICTION_FILE,
     WEIGHTS_FILE,
     best_decoding,
     choose_network,
@@ -64,8 +63,11 @@ class Recognizer:
         *,
         endpoint: EndpointConfig | None = EndpointConfig(),  # noqa: B008 (frozen)
         name: str = "model",
+        unfit: Mapping[str, str] | None = None,
     ) -> None:
+        """`unfit`: networks of the model that cannot decode in this way, and why; to ask for one is a ModelError."""
         self._networks, self._endpoint, self._name = networks, endpoint, name
+        self._unfit = unfit or {}
 
     @classmethod
     def load(
@@ -92,7 +94,8 @@ class Recognizer:
             precision: "fp32" or "int8"; None: with onnx int8 where the model has it, with torch fp32.
             threads: for the arithmetic of one network.
             decoding: "beam": with the language model in the folder's lm/; "greedy": without, at next to no cost;
-                "transducer": greedy as well, by a network that has one. None: beam, where there is a language model.
+                "transducer": greedy as well, by those networks of the model that have one. None: beam, where there is
+                a language model.
             beam, lm_weight, word_score, nbest, hot_words: of the beam search, see asr.decoding.beam.BeamConfig.
             endpoint: where audio is cut into segments; None leaves it uncut, however long.
             calibrated: False: times and confidences of words as the decoder gives them (see asr.decoding.calibration).
@@ -115,8 +118,11 @@ class Recognizer:
         if decoding is None:
             decoding = "beam" if given else best_decoding(path)
         open_search = _search_opener(path, list(folders.values()), decoding, given)
+        unfit = _without_transducer(folders) if decoding == "transducer" else {}
         networks = {}
         for name, folder in folders.items():
+            if name in unfit:
+                continue
             tokenizer = Tokenizer.load(folder / "tokens.txt")
             phones = phones_at_output(folder) if decoding == "beam" and find_lexicon(path) else []
             opened = {"engine": engine, "precision": precision, "threads": threads, "phones": bool(phones)}
@@ -133,11 +139,11 @@ class Recognizer:
                 phones=len(phones),
             )
         shown = "shipped model" if path is None else f"model {path}"
-        return cls(networks, endpoint=endpoint, name=shown)
+        return cls(networks, endpoint=endpoint, name=shown, unfit=unfit)
 
     @property
     def networks(self) -> tuple[str, ...]:
-        """The names of the networks that the model has."""
+        """The names of the networks that the model has for this decoding."""
         return tuple(self._networks)
 
     def transcribe(
@@ -148,8 +154,8 @@ class Recognizer:
         Args:
             audio: a file, or samples: int16, or float32 in [-1, 1], (n,) or (n, channels).
             sample_rate: of samples, Hz; 16000 when it is not given. A file tells its own.
-            network: "offline", or "streaming", which writes what live audio would give; None: offline, if the model has
-                that.
+            network: "offline", or "streaming", which writes what live audio would give; None: offline, if it is one of
+                `networks`.
 
         Raises:
             AudioError: the file or the samples cannot be read.
@@ -240,6 +246,8 @@ class Recognizer:
     def _network(self, name: str) -> Network:
         if name not in NETWORKS:
             raise ConfigError(f"network = {name!r}: must be {' or '.join(NETWORKS)}")
+        if name in self._unfit:
+            raise ModelError(f"{self._unfit[name]}; or take a network that has one: {', '.join(self._networks)}")
         if name not in self._networks:
             raise ModelError(f"the {self._name} has no {name} network (it has: {', '.join(self._networks)})")
         return self._networks[name]
@@ -271,7 +279,7 @@ def _search_opener(
 
     Raises:
         ConfigError: no such decoding, or settings that it does not have.
-        ModelError: the model has no language model, or no network of it has a transducer.
+        ModelError: the model has no language model.
     """
     if decoding not in ("greedy", "beam", "transducer"):
         raise ConfigError(f"decoding = {decoding!r}: must be greedy, beam or transducer")
@@ -281,8 +289,6 @@ def _search_opener(
     if decoding == "greedy":
         return lambda folder, tokens, phones: GreedyDecoder
     if decoding == "transducer":
-        if not any((folder / PREDICTION_FILE).is_file() for folder in folders):
-            find_prediction(folders[0])  # says what to do
         return lambda folder, tokens, phones: TransducerSearch.load(find_prediction(folder))
     config = BeamConfig(**settings)
     model, lexicon, next_word = find_language_model(path), find_lexicon(path), find_next_word(path)
@@ -306,6 +312,23 @@ def _search_opener(
         return search
 
     return open_search
+
+
+def _without_transducer(folders: dict[str, Path]) -> dict[str, str]:
+    """Those of a model's networks that have no transducer, and what to do about it.
+
+    Raises:
+        ModelError: none of them has one.
+    """
+    without = {}
+    for name, folder in folders.items():
+        try:
+            find_prediction(folder)
+        except ModelError as error:
+            without[name] = str(error)
+    if len(without) == len(folders):
+        raise ModelError(next(iter(without.values())))
+    return without
 
 
 def _cut(blocks: Iterable[np.ndarray], endpoint: EndpointConfig | None) -> Iterator[tuple[int, np.ndarray]]:

@@ -22,6 +22,7 @@ from serving import (
     TALK,
     Served,
     begin,
+    dial,
     eventually,
     finished,
     metric,
@@ -36,6 +37,8 @@ from toy_model import RATE, TOKENIZER, ToyEngine, spell, toy_recognizer
 from asr.recognizer import Network, Recognizer
 from pipelines.formats import render
 from pipelines.serve.limits import Limits
+
+SAMPLE = Path(__file__).parents[1] / "scripts" / "samples" / "audio" / "00000.flac"
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,18 @@ def test_the_openai_client_lists_models(client: openai.OpenAI) -> None:
     assert client.models.retrieve("asr-streaming").id == "asr-streaming"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-2")
+
+
+def test_networks_that_cannot_decode_as_the_server_does_are_not_there() -> None:
+    """Of the shipped model the streaming network alone has a transducer."""
+    with serving(Recognizer.load(decoding="transducer")) as served:
+        listed = HTTP.get(f"{served.http}/v1/models").json()["data"]
+        assert [model["id"] for model in listed] == ["asr-streaming"]
+        reply = post(served.http, SAMPLE.read_bytes(), {"model": "whisper-1"})
+        assert reply.json()["text"] == Recognizer.load(decoding="transducer").transcribe(SAMPLE).text != ""
+        with dial(served.native) as socket:
+            socket.send('{"type": "start", "two_pass": true}')
+            assert json.loads(socket.recv(10))["code"] == "bad_settings"
 
 
 @pytest.mark.parametrize("model", ["asr-offline", "asr-streaming", "whisper-1"])

@@ -287,14 +287,23 @@ def test_live_text_is_that_of_the_file_and_goes_on_where_it_was_saved(model: Pat
 
 
 def test_a_model_without_a_transducer_says_what_to_do(model: Path, tmp_path: Path) -> None:
+    without = shutil.copytree(model, tmp_path / "model")
+    (without / "offline" / "prediction.npz").unlink()
+    (without / "streaming" / "prediction.npz").unlink()
     with pytest.raises(ModelError, match=r"has no transducer; choose another decoding .* model.prediction=256"):
-        Recognizer.load(decoding="transducer").transcribe(AUDIO, RATE)  # the shipped model's offline network has none
+        Recognizer.load(without, decoding="transducer")
+
+
+def test_where_one_network_has_a_transducer_it_alone_decodes(model: Path, tmp_path: Path) -> None:
     partly = shutil.copytree(model, tmp_path / "model")
     (partly / "offline" / "prediction.npz").unlink()
     recognizer = Recognizer.load(partly, decoding="transducer")
-    assert recognizer.transcribe(AUDIO, RATE, "streaming").text
+    assert recognizer.networks == ("streaming",)
+    assert recognizer.transcribe(AUDIO, RATE) == recognizer.transcribe(AUDIO, RATE, "streaming")
+    with pytest.raises(ModelError, match=r"offline: this network has no transducer.*one: streaming$"):
+        recognizer.transcribe(AUDIO, RATE, "offline")
     with pytest.raises(ModelError, match=r"offline: this network has no transducer"):
-        recognizer.transcribe(AUDIO, RATE)
+        recognizer.stream(two_pass=True)  # told now, and not at the end of the first segment
     (partly / "streaming" / "prediction.npz").write_bytes(b"PK half")
     with pytest.raises(ModelError, match=r"prediction.npz: not a readable prediction network"):
         Recognizer.load(partly, decoding="transducer").stream()
