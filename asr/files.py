@@ -6,7 +6,8 @@ import os
 import shutil
 import time
 import zipfile
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +19,8 @@ _WRITING_SECONDS = 3600  # nothing is written under a temporary name for so long
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give the block another path to write to; when it ends well, that file takes the place of `path`."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    told_apart = zlib.crc32(os.fsencode(path.name))  # the name itself may be as long as names may be
+    temporary = path.with_name(f".{told_apart:08x}.tmp-{os.getpid()}")
     try:
         yield temporary
         _sync(temporary)
@@ -29,9 +31,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file in one step, text in UTF-8."""
+    """Write a file in one step, text in UTF-8; what names of files have that is none stays as it is."""
     with replacing(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -90,6 +92,28 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             os.replace(old, folder)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path, refusal: Callable[[str], Exception]) -> Iterator[None]:
+    """Hold a file that tells other processes to keep off; the system lets it go when this one dies.
+
+    Where another process has it, `refusal` makes the error to raise, of that process's number.
+    """
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise refusal(file.read()) from error
+        except (ImportError, OSError):  # Windows, or a file system without locks: there it goes without
+            pass
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def left_behind(path: Path) -> bool:

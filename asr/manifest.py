@@ -61,6 +61,22 @@ class Utterance:
 _Row = tuple[str, dict[str, Any]]
 
 
+def walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """The folders in a folder, itself first, and the names of the files in each, sorted, without hidden ones.
+
+    Links to folders are followed, but to each folder once.
+    """
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield Path(parent), sorted(name for name in names if not name.startswith("."))
+
+
 def read_manifest(path: str | Path) -> tuple[list[Utterance], list[Problem]]:
     """Return the good rows of a manifest in their order, and what was wrong with the others.
 
@@ -261,9 +277,8 @@ def _read_recordings(folder: Path) -> Iterator[_Row | Problem]:
     """A folder of recordings, each with its text in a .txt of the same name."""
     recordings: list[Path] = []
     texts: dict[Path, Path] = {}  # by their names without .txt
-    for parent, folders, names in os.walk(folder):
-        folders.sort()
-        for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
+    for parent, names in walk(folder):
+        for path in (parent / name for name in names):
             if path.suffix.lower() in RECORDINGS:
                 recordings.append(path)
             elif path.suffix.lower() == ".txt":

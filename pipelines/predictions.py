@@ -1,11 +1,12 @@
 """What `asr transcribe` does with a manifest: its rows, recognized in batches, become JSON Lines with `pred_text`."""
 
+import glob
 import gzip
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ import numpy as np
 
 from asr.audio import SAMPLE_RATE
 from asr.errors import AsrError, AudioError
+from asr.files import locked, write_atomically
 from asr.manifest import Utterance, read_manifest
 from pipelines.decoder import Decode, Part, decode_all
 
@@ -131,7 +133,8 @@ class PredictionFile:
     """The predictions of one manifest, which grow in order, so that a job that was killed goes on after them.
 
     Until it is complete the file has another name, which tells rows and settings apart. A complete one that is newer
-    than the manifest is kept. A row that could not be recognized has an empty `pred_text` and the reason as `error`.
+    than the manifest is kept, but for rows that could not be recognized, which are tried again: they have an empty
+    `pred_text` and the reason as `error`. A context manager: meanwhile no other process writes the file.
 
     Args:
         manifest: a file that `asr.manifest.read_manifest` knows.
@@ -146,7 +149,7 @@ class PredictionFile:
 
     Raises:
         ManifestError: the manifest cannot be read.
-        AsrError: the file cannot be written, or holds the predictions of other rows.
+        AsrError: the file cannot be written, another process writes it, or it holds the predictions of other rows.
     """
 
     def __init__(self, manifest: Path, target: Path | None, settings: str, *, overwrite: bool) -> None:
@@ -154,13 +157,19 @@ class PredictionFile:
         rows, self.unread = read_manifest(manifest)
         self.batches = batches_of(rows)
         self.kept: list[tuple[Utterance, str]] = []
+        self._complete: list[bytes] = []  # the lines of a complete file, of which `failed` are tried again
+        self._failed: list[int] = []
+        self._open = ExitStack()
         if target is None:
             return
         told = hashlib.sha256(f"{settings}\n{rows}".encode(errors="surrogatepass")).hexdigest()[:12]
         self._part = target.with_name(f".{target.name}.part-{told}")
-        with _writing(target):
+        with ExitStack() as opened, _writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            for stale in target.parent.glob(f".{target.name}.part-*"):
+            lock = target.with_name(f".{target.name}.lock")
+            opened.enter_context(locked(lock, self._taken))
+            opened.callback(lock.unlink, missing_ok=True)
+            for stale in target.parent.glob(f".{glob.escape(target.name)}.part-*"):
                 if overwrite or stale != self._part:
                     stale.unlink()
             if not overwrite and _is_newer(target, manifest):
@@ -169,11 +178,30 @@ class PredictionFile:
                         f"{target}: holds the predictions of other rows than those of {manifest}; use another output "
                         "folder, or --overwrite"
                     )
-                self._keep(target)
+                self._try_again(rows)
             elif self._part.exists():
                 size = self._keep(self._part)
                 with open(self._part, "r+b") as file:
                     file.truncate(size)
+            self._open = opened.pop_all()
+
+    def __enter__(self) -> "PredictionFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def _taken(self, owner: str) -> AsrError:
+        return AsrError(f"{self.target}: another `asr transcribe` (process {owner}) is writing it; wait for its end")
+
+    def _try_again(self, rows: list[Utterance]) -> None:
+        """Take what a complete file has; only rows with an error are still to be recognized."""
+        assert self.target is not None
+        self._complete = self.target.read_bytes().splitlines(keepends=True)
+        reasons = [_reason_in(line) for line in self._complete]
+        self.kept = [(row, "") for row, reason in zip(rows, reasons, strict=True) if not reason]
+        self._failed = [i for i, reason in enumerate(reasons) if reason]
+        self.batches = batches_of([rows[i] for i in self._failed])
 
     def _keep(self, path: Path) -> int:
         """Take what is there of finished batches, and return its bytes: a batch is written in one piece."""
@@ -197,14 +225,22 @@ class PredictionFile:
             AsrError: the file cannot be written.
         """
         fields = _fields_of([row for rows in self.batches for row in rows], self.manifest)
+        failed = iter(self._failed)
         for rows in self.batches:
             predictions = next(made)
             lines = [_line(next(fields), prediction) for prediction in predictions]
-            if self.target is not None:
+            written = [line.encode("utf-8", "surrogateescape") for line in lines]
+            if self._complete:
+                for line in written:
+                    self._complete[next(failed)] = line
+            elif self.target is not None:
                 with _writing(self.target), open(self._part, "ab") as file:
-                    file.write("".join(lines).encode("utf-8", "surrogateescape"))
+                    file.write(b"".join(written))
             yield from zip(rows, predictions, lines, strict=True)
-        if self.target is not None and self._part.exists():
+        if self._complete and self.batches:
+            with _writing(self.target):
+                write_atomically(self.target, b"".join(self._complete))
+        elif self.target is not None and self._part.exists():
             with _writing(self.target):
                 os.replace(self._part, self.target)
 

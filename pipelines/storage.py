@@ -101,7 +101,7 @@ class Store:
         """Write a text file in one step."""
         if is_remote(self.folder):  # an object appears when it is complete
             with self._files.open_output_stream(f"{self._root}/{name}") as file:
-                file.write(text.encode("utf-8"))
+                file.write(text.encode("utf-8", "surrogateescape"))
         else:
             write_atomically(Path(self._root, name), text)
 

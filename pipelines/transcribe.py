@@ -3,13 +3,15 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from os.path import realpath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asr.endpoint import EndpointConfig
 from asr.errors import AsrError, AudioError, Problem
-from asr.manifest import RECORDINGS, Utterance
+from asr.manifest import RECORDINGS, Utterance, walk
 from pipelines.decoder import Decode, decode_all, decode_here
 from pipelines.formats import render, render_among_many, write_text
 from pipelines.pool import map_in_order
@@ -166,15 +168,19 @@ def transcribe(
     targets = _targets(manifests, output_dir)
     finished = {task for task in tasks if not overwrite and _is_finished(task)}
     todo = [task for task in tasks if task not in finished]
+    if not overwrite:
+        _check_references(todo)
     settings = f"{options} {network} {_model_state(options.model)}"
-    files = [
-        PredictionFile(manifest, target, settings, overwrite=overwrite)
-        for manifest, target in zip(manifests, targets, strict=True)
-    ]
     job = _Job(options=options, network=network, format=format, many=many, folder=os.getcwd())
     batches: list[Sequence[_Task | Utterance]] = [[task] for task in todo]
-    batches += [batch for file in files for batch in file.batches]
-    with meter("transcribing", sum(_expected_seconds(item) for batch in batches for item in batch)) as advance:
+    with ExitStack() as opened:
+        files = [
+            opened.enter_context(PredictionFile(manifest, target, settings, overwrite=overwrite))
+            for manifest, target in zip(manifests, targets, strict=True)
+        ]
+        batches += [batch for file in files for batch in file.batches]
+        expected = sum(_expected_seconds(item) for batch in batches for item in batch)
+        advance = opened.enter_context(meter("transcribing", expected))
         made = _made(job, batches, workers, address)
         for task in tasks:
             if task in finished:
@@ -184,8 +190,8 @@ def transcribe(
                 advance(_expected_seconds(task), result.seconds)
                 yield result
         for file in files:
-            for result, expected in _predicted(file, made):
-                advance(expected, result.seconds)
+            for result, seconds in _predicted(file, made):
+                advance(seconds, result.seconds)
                 yield result
 
 
@@ -229,9 +235,8 @@ def find_audio(paths: Sequence[Path]) -> tuple[list[tuple[Path, Path]], list[Pro
         if not path.is_dir():
             found.append((path, Path(path.name)))
             continue
-        inside = sorted(
-            f for f in path.rglob("*") if f.suffix.lower() in RECORDINGS and not f.name.startswith(".") and f.is_file()
-        )
+        files = (folder / name for folder, names in walk(path) for name in names)
+        inside = sorted(file for file in files if file.suffix.lower() in RECORDINGS)
         if not inside:
             problems.append(Problem(str(path), "no recordings in this folder (looked for .wav, .flac, .mp3 ...)"))
         found += [(f, f.relative_to(path)) for f in inside]
@@ -278,6 +283,21 @@ def _is_finished(task: _Task) -> bool:
         return task.target.stat().st_mtime_ns >= task.audio.stat().st_mtime_ns
     except OSError:
         return False
+
+
+def _check_references(todo: Sequence[_Task]) -> None:
+    """Raise AsrError where a text that lies beside its recording would be replaced: it may be what was really said."""
+    beside = [
+        task
+        for task in todo
+        if task.target and task.target.exists() and realpath(task.target.parent) == realpath(task.audio.parent)
+    ]
+    if beside:
+        first = beside[0]
+        raise AsrError(
+            f"{first.target}: older than {first.audio} and beside it ({len(beside)} such), so it may be what was "
+            "really said; use another output folder, or --overwrite"
+        )
 
 
 def _targets(manifests: Sequence[Path], output_dir: Path | None) -> list[Path | None]:

@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,35 @@ def test_a_job_that_stopped_before_it_named_its_file_names_it(tmp_path: Path, mo
     results = list(transcribe([manifest], ToyOptions(), output_dir=tmp_path / "out"))
     assert all(result.kept for result in results)
     assert [row["pred_text"] for row in predictions(tmp_path / "out" / "test.pred.jsonl")] == list(WORDS[:3])
+
+
+def test_rows_that_could_not_be_recognized_are_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest, target = manifest_of(tmp_path, 150), tmp_path / "out" / "test.pred.jsonl"
+    (tmp_path / "audio" / "two.wav").rename(tmp_path / "away")
+    assert run(manifest, "-o", tmp_path / "out") == 1
+    rows = predictions(target)
+    assert sum("error" in row for row in rows) == 30
+    rows[0]["pred_text"] = "corrected by hand"
+    target.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "away").rename(tmp_path / "audio" / "two.wav")
+    capsys.readouterr()
+    assert run(manifest, "-o", tmp_path / "out") == 0
+    assert "30 transcribed, 120 there already" in capsys.readouterr().err
+    made = predictions(target)
+    assert [row["pred_text"] for row in made] == ["corrected by hand", *(WORDS[i % 5] for i in range(1, 150))]
+    assert not any("error" in row for row in made)
+    assert [row["number"] for row in made] == list(range(150))
+
+
+def test_two_at_once_do_not_write_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = manifest_of(tmp_path, 150)
+    first = transcribe([manifest], ToyOptions(), output_dir=tmp_path / "out")
+    next(first)
+    assert run(manifest, "-o", tmp_path / "out") == 1
+    assert f"another `asr transcribe` (process {os.getpid()}) is writing it" in capsys.readouterr().err
+    assert len(list(first)) == 149
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["test.pred.jsonl"]
+    assert len(predictions(tmp_path / "out" / "test.pred.jsonl")) == 150
 
 
 def test_predictions_of_other_rows_are_not_taken_for_these(tmp_path: Path) -> None:

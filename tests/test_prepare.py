@@ -1,6 +1,7 @@
 """pipelines.prepare: what training will read is what the manifests say, once, whatever happens on the way."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -153,6 +154,19 @@ def test_bad_rows_are_reported_and_the_others_go_on(tmp_path: Path) -> None:
         {"where": problem.where, "reason": problem.reason} for problem in summary.skipped
     ]
     assert json.loads((tmp_path / "out" / "dataset.json").read_text())["skipped"] == 7
+
+
+def test_a_name_that_is_no_unicode_is_reported(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    for row in recordings(folder, 2):
+        (folder / row["audio_filepath"]).with_suffix(".txt").write_text(row["text"])
+    for suffix in (".wav", ".txt"):
+        os.rename(folder / f"001{suffix}", os.fsencode(folder) + b"/caf\xe9" + suffix.encode())
+    told = prepare([folder], tmp_path / "out", workers=0)
+    assert told.utterances == 1
+    [line] = (tmp_path / "out" / "skipped.jsonl").read_text(errors="surrogateescape").splitlines()
+    assert json.loads(line)["reason"] == "audio_filepath is not valid UTF-8"
+    assert (tmp_path / "out" / "report.html").exists()
 
 
 def test_a_duration_may_be_a_little_off(tmp_path: Path) -> None:

@@ -122,6 +122,38 @@ def test_what_is_finished_is_not_done_again(tmp_path: Path, capsys: pytest.Captu
     assert (out / "a.txt").read_text() == "text\n"
 
 
+def test_a_reference_beside_its_recording_is_not_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    audio = write(tmp_path / "a.wav", "text")
+    (tmp_path / "a.txt").write_text("the true words\n")
+    os.utime(audio, ns=(0, (tmp_path / "a.txt").stat().st_mtime_ns + 1))
+    assert run(tmp_path, "-o", tmp_path) == 1
+    assert (tmp_path / "a.txt").read_text() == "the true words\n"
+    assert "a.txt: older than" in capsys.readouterr().err
+    assert run(tmp_path, "-o", tmp_path, "--overwrite") == 0
+    assert (tmp_path / "a.txt").read_text() == "text\n"
+
+
+def test_links_are_followed_once_and_broken_ones_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "in" / "a.wav", "one")
+    write(tmp_path / "elsewhere" / "b.wav", "two")
+    (tmp_path / "in" / "day two").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "broken.wav").symlink_to(tmp_path / "gone.wav")
+    assert run(tmp_path / "in") == 1
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path}/in/a.wav\tone\n{tmp_path}/in/day two/b.wav\ttwo\n"
+    assert f"error: {tmp_path}/in/broken.wav: no such file" in err
+
+
+def test_a_name_may_be_as_long_as_names_may_be(tmp_path: Path) -> None:
+    name = "録音" * 41  # 246 bytes
+    write(tmp_path / f"{name}.wav", "text")
+    assert run(tmp_path, "-o", tmp_path / "out") == 0
+    assert (tmp_path / "out" / f"{name}.txt").read_text() == "text\n"
+
+
 def test_no_recording_overwrites_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wav, flac = write(tmp_path / "x" / "a.wav", "wave"), write(tmp_path / "x" / "a.flac", "flac")
     third = write(tmp_path / "x" / "third.wav", "third").rename(tmp_path / "x" / "a.wav.mp3")

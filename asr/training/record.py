@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from asr.config import TrainConfig, to_toml
 from asr.errors import AsrError
-from asr.files import replacing, write_atomically
+from asr.files import locked, replacing, write_atomically
 from asr.models import Network, save_network
 from asr.training.checkpoint import checkpoints, save_checkpoint
 from asr.training.display import Display
@@ -43,7 +43,7 @@ class Record:
         if self.on:
             with self._writing():
                 self.run.mkdir(parents=True, exist_ok=True)
-                self._open.enter_context(_locked(self.run))
+                self._open.enter_context(locked(self.run / ".lock", self._taken))
                 _drop_unfinished_line(self.run / "log.jsonl")
                 self._log = self._open.enter_context(open(self.run / "log.jsonl", "a", encoding="utf-8"))
         return self
@@ -128,6 +128,12 @@ class Record:
                 else:
                     stray.unlink(missing_ok=True)
 
+    def _taken(self, owner: str) -> RankError:
+        """By another training, or a worker of this one, which is about to be ended."""
+        return RankError(
+            f"{self.run}: another training (process {owner}) is writing there; wait for it, or give another --out"
+        )
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
@@ -138,31 +144,6 @@ class Record:
             found = checkpoints(self.run / "checkpoints")
             whole = f"checkpoints/{found[-1].name} is whole" if found else "there is no checkpoint yet"
             raise AsrError(f"{self.run}: cannot be written ({reason}); {whole}; make room and run again") from error
-
-
-@contextmanager
-def _locked(run: Path) -> Iterator[None]:
-    """Hold RUN/.lock; the system lets it go when the process dies.
-
-    Raises:
-        RankError: another training has it, or a worker of this one, which is about to be ended.
-    """
-    with open(run / ".lock", "a+", encoding="utf-8") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise RankError(
-                f"{run}: another training (process {file.read()}) is writing there; wait for it, or give another --out"
-            ) from error
-        except (ImportError, OSError):  # Windows, or a file system without locks: there it goes without
-            pass
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
 
 
 def _drop_unfinished_line(path: Path) -> None:
