@@ -237,11 +237,12 @@ class PredictionFile:
                 with _writing(self.target), open(self._part, "ab") as file:
                     file.write(b"".join(written))
             yield from zip(rows, predictions, lines, strict=True)
-        if self._complete and self.batches:
-            with _writing(self.target):
+        if self.target is None:
+            return
+        with _writing(self.target):
+            if self._complete and self.batches:
                 write_atomically(self.target, b"".join(self._complete))
-        elif self.target is not None and self._part.exists():
-            with _writing(self.target):
+            elif self._part.exists():
                 os.replace(self._part, self.target)
 
 

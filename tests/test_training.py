@@ -249,6 +249,19 @@ def test_training_stops_when_it_gets_no_better(tmp_path: Path) -> None:
         changed(config, "data", dev=())
 
 
+def test_a_finished_training_that_is_run_again_leaves_its_model_alone(tmp_path: Path) -> None:
+    config, run = tone_config(write_corpus(tmp_path / "d", rows=6), epochs=1), tmp_path / "run"
+    model = run_training(config, run)
+    (model / "calibration.json").write_text("{}")
+    for _ in range(2):
+        assert run_training(config, run) == model
+        assert (model / "calibration.json").exists()
+    run_training(changed(config, "training", average=2), run)
+    assert not (model / "calibration.json").exists(), "it was of other weights"
+    shutil.rmtree(model)
+    load_network(run_training(changed(config, "training", average=2), run))
+
+
 def test_a_dry_run_tells_what_a_run_would_take_and_writes_nothing(tmp_path: Path) -> None:
     config = tone_config(write_corpus(tmp_path / "d"), accumulate=2)
     told = dry_run(config, tmp_path / "run")

@@ -194,6 +194,7 @@ class Trainer:
         """All that is left of the run; gives the network's folder."""
         with self.record:
             damaged = self._restore()
+            [finished], *_ = self.ranks.gather([self.record.is_finished(self.config)])
             self.record.begin(self.config, self.network, resumed=self.checkpoint is not None, damaged=damaged)
             text = self.description + (f"; continuing from {self.checkpoint.name}" if self.checkpoint else "")
             if damaged:
@@ -204,8 +205,12 @@ class Trainer:
                 epoch = self.progress["epoch"]
                 self._epoch(epoch)
                 metrics = {"epoch": epoch, "step": self.step, **self._tune(epoch)}
+                finished = False
                 if report:
                     report(metrics)
+            if finished:  # what was put beside the weights since then, calibrations for example, stays
+                self.record.log("end", self.step, text="finished before; the model stays as it is")
+                return self._folder
             return self._finish()
 
     def _restore(self) -> list[Path]:
@@ -418,7 +423,6 @@ class Trainer:
         The mean of what a training started from and came to often beats both, and does so on other speech as well
         (Wortsman et al. 2022, https://arxiv.org/abs/2109.01903).
         """
-        folder = self.run / "model" / self.config.model.kind
         epochs, best = self.record.epochs(), self.run / "best" / WEIGHTS_FILE
         ways = {f"the mean of the last {len(epochs)} epochs": epochs}
         if self.dev is not None:
@@ -438,10 +442,15 @@ class Trainer:
         text = f"CER {told}" if self.dev is not None else f"no tuning data (data.dev): {kept} is kept"
         if self.ranks.rank == 0:
             self.network.log_priors = self._measure_priors()
-            self.record.keep(self.network, folder)
+            self.record.keep(self.network, self._folder)
         self.record.log("end", self.step, text=text)
         self.ranks.wait()
-        return folder
+        return self._folder
+
+    @property
+    def _folder(self) -> Path:
+        """Of the network that comes of it."""
+        return self.run / "model" / self.config.model.kind
 
     def _take_mean(self, files: list[Path]) -> None:
         """Give the network, on all ranks, the mean of the weights that rank 0 reads."""

@@ -18,6 +18,7 @@ from asr.config import TrainConfig, to_toml
 from asr.errors import AsrError
 from asr.files import locked, replacing, write_atomically
 from asr.models import Network, save_network
+from asr.runtime.folder import WEIGHTS_FILE
 from asr.training.checkpoint import checkpoints, save_checkpoint
 from asr.training.display import Display
 from asr.training.optimizer import Optimizer
@@ -47,6 +48,15 @@ class Record:
                 _drop_unfinished_line(self.run / "log.jsonl")
                 self._log = self._open.enter_context(open(self.run / "log.jsonl", "a", encoding="utf-8"))
         return self
+
+    def is_finished(self, config: TrainConfig) -> bool:
+        """Whether this training came to its end before, and its network is there."""
+        told, log = self.run / "config.toml", self.run / "log.jsonl"
+        if not (self.on and told.is_file() and (self.run / "model" / config.model.kind / WEIGHTS_FILE).is_file()):
+            return False
+        kinds = [json.loads(line)["kind"] for line in log.read_text(encoding="utf-8").splitlines()]
+        done = [kind for kind in kinds if kind in ("step", "end")]
+        return told.read_text(encoding="utf-8") == to_toml(config) and done[-1:] == ["end"]
 
     def begin(self, config: TrainConfig, network: Network, *, resumed: bool, damaged: list[Path]) -> None:
         """Write down what the run is about, and take away checkpoints that could not be read."""
