@@ -40,7 +40,7 @@ def report_page(outcomes: Sequence[Outcome], scores: Sequence[Score], about: str
     """
     counts = [count_errors(outcome.reference, outcome.hypothesis) for outcome in outcomes]
     pairs = [align_words(outcome.reference, outcome.hypothesis) for outcome in outcomes]
-    speakers = [outcome.speaker or "" for outcome in outcomes]
+    speakers = _speakers(outcomes)
     worst = sorted(range(len(outcomes)), key=lambda i: -counts[i].word_errors)[:clips]
     embedded = {i: clip for i in worst if counts[i].word_errors and (clip := _embedded(outcomes[i])) is not None}
     data = {
@@ -55,12 +55,25 @@ def report_page(outcomes: Sequence[Outcome], scores: Sequence[Score], about: str
         **_confusions(pairs, outcomes),
         "confidence": _confidence(outcomes),
         "utterances": [
-            _utterance(i, outcomes[i], counts[i], pairs[i], embedded.get(i) or _link(outcomes[i], folder))
+            _utterance(i, outcomes[i], speakers[i], counts[i], pairs[i], embedded.get(i) or _link(outcomes[i], folder))
             for i in range(len(outcomes))
         ],
     }
     text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     return _PAGE.read_text(encoding="utf-8").replace("__DATA__", text)
+
+
+def _speakers(outcomes: Sequence[Outcome]) -> list[str]:
+    """Who speaks, "" where no manifest tells; where manifests of several folders have the name, of which of them."""
+    folders = [o.manifest if os.path.isdir(o.manifest) else os.path.dirname(o.manifest) or "." for o in outcomes]
+    names = [outcome.speaker or "" for outcome in outcomes]
+    found: dict[str, set[str]] = {}
+    for name, folder in zip(names, folders, strict=True):
+        found.setdefault(name, set()).add(folder)
+    return [
+        f"{name} ({folder})" if name and len(found[name]) > 1 else name
+        for name, folder in zip(names, folders, strict=True)
+    ]
 
 
 def wer_interval(
@@ -143,6 +156,7 @@ def _confidence(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
 def _utterance(
     number: int,
     outcome: Outcome,
+    speaker: str,
     counts: ErrorCounts,
     pairs: Sequence[tuple[str | None, str | None]],
     clip: str | None,
@@ -153,7 +167,7 @@ def _utterance(
     return {
         "number": number,
         "id": outcome.row.id,
-        "speaker": outcome.speaker or "",
+        "speaker": speaker,
         "seconds": _seconds(outcome),
         "problem": outcome.transcript is None,
         "errors": counts.word_errors,

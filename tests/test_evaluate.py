@@ -1,6 +1,7 @@
 """`asr evaluate`: errors counted over manifests."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from toy_model import RATE, ToyOptions, spell, toy_recognizer, write
 
 from asr.metrics import ErrorCounts
 from asr.recognizer import Recognizer
+from asr.runtime.folder import shipped_model
 from pipelines.cli import main
 from pipelines.evaluate import evaluate, report
 
@@ -195,3 +197,13 @@ def test_speech_that_is_on_disk_is_scored_in_every_row() -> None:
     scores, problems = evaluate([dev], ToyOptions())
     assert (scores[0].utterances, scores[0].unreadable, problems) == (300, 0, [])
     assert scores[0].errors.words == 300
+
+
+def test_what_cannot_be_fitted_loses_no_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, figures = tmp_path / "report.html", tmp_path / "figures.json"
+    path = manifest(tmp_path / "m.jsonl", ("one", "one"), speaker="a")
+    model = shutil.copytree(shipped_model(), tmp_path / "model")
+    assert run(path, "--calibrate", "--model", model, "--report", page, "--json", figures) == 2
+    assert "error: --calibrate: " in capsys.readouterr().err
+    assert page.exists()
+    assert json.loads(figures.read_text())["total"]["utterances"] == 1

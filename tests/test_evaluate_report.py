@@ -31,6 +31,11 @@ def page(folder: Path, rows: list[dict], clips: int = 0, **options: object) -> d
     scores, _ = evaluate([folder / "m.jsonl"], ToyOptions(), on_utterance=outcomes.append, **options)  # type: ignore[arg-type]
     text = report_page(outcomes, scores, "toy", folder / "pages", clips)
     assert not re.search(r"""(src|href)\s*=|url\(|@import|https?://(?!www\.w3\.org)""", text.split("<script")[0])
+    return data_of(text)
+
+
+def data_of(text: str) -> dict:
+    """What a page shows."""
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
     assert found
     return json.loads(found[1])
@@ -76,6 +81,20 @@ def test_the_worst_recordings_are_put_into_the_page(tmp_path: Path) -> None:
 def test_a_part_of_a_recording_is_linked_by_its_times(tmp_path: Path) -> None:
     data = page(tmp_path, [{"said": "one two", "text": "one", "offset": 0.5, "duration": 0.25}])
     assert data["utterances"][0]["clip"].endswith("a%20clip%200.wav#t=0.500,0.750")
+
+
+def test_speakers_of_one_name_in_two_folders_are_two(tmp_path: Path) -> None:
+    outcomes: list[Outcome] = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        page(folder, [{"said": "one", "text": "one", "speaker": "1"}, {"said": "two", "text": "one", "speaker": "2"}])
+    manifests = [tmp_path / "a" / "m.jsonl", tmp_path / "b" / "m.jsonl"]
+    scores, _ = evaluate(manifests, ToyOptions(), on_utterance=outcomes.append)
+    data = data_of(report_page(outcomes, scores, "toy", tmp_path))
+    assert [(group["name"], group["utterances"]) for group in data["speakers"]] == [
+        (f"{name} ({tmp_path / folder})", 1) for folder in "ab" for name in "12"
+    ]
+    assert "4 speakers" in data["interval_note"]
+    assert {row["speaker"] for row in data["utterances"]} == {group["name"] for group in data["speakers"]}
 
 
 def test_joined_rows_and_rows_without_errors_or_speakers(tmp_path: Path) -> None:

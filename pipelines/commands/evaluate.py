@@ -1,8 +1,9 @@
 """The command that measures recognition: evaluate."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -144,12 +145,13 @@ def evaluate(
     options = replace(options, calibrated=not calibrate)
     network = network_name(model, streaming or two_pass or latency)
     about = f"{network} network of {model or 'the shipped model'}, {options.decoding} decoding"
+    fit: Callable[[], dict[str, Any]] = dict
     if latency:
         figures, problems = _latency(manifests, options, [model, *(against or ())], report_file, about)
     elif conditions:
         figures, problems = _conditions(manifests, options, network)
     elif times:
-        figures, problems = _times(manifests, options, network, calibrate)
+        figures, problems, fit = _times(manifests, options, network)
     else:
         from pipelines.evaluate import evaluate as run
         from pipelines.evaluate import report, table
@@ -179,16 +181,19 @@ def evaluate(
             found = score_hot_words([(o.reference, o.hypothesis) for o in outcomes], hot_words)
             figures["hot_words"] = found.figures()
             print(found)
-        if calibrate:
-            figures["confidence"] = _calibrate_confidence(outcomes, options, network)
+        fit = partial(_calibrate_confidence, outcomes, options, network)
         if report_file is not None and scores:
             from pipelines.evaluate_report import report_page
 
             _write(report_file, report_page(outcomes, scores, about, report_file.parent, clips))
     for problem in problems:
         complain(problem)
-    if json_file is not None:
-        _write(json_file, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+    try:
+        if calibrate:
+            figures |= fit()
+    finally:  # hours of recognition are not lost where nothing can be fitted to them
+        if json_file is not None:
+            _write(json_file, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
     end(problems)
 
 
@@ -222,8 +227,8 @@ def _conditions(manifests: Sequence[Path], options: Any, network: str) -> tuple[
 
 
 def _times(
-    manifests: Sequence[Path], options: Any, network: str, calibrate: bool
-) -> tuple[dict[str, Any], list[Problem]]:
+    manifests: Sequence[Path], options: Any, network: str
+) -> tuple[dict[str, Any], list[Problem], Callable[[], dict[str, Any]]]:
     from pipelines.evaluate_times import fit_times, word_times
 
     found, problems = word_times(manifests, options, network)
@@ -236,10 +241,13 @@ def _times(
     print(f"{found.recordings} recordings; of the others, other words were recognized at the border")
     if not found.recordings:
         tell("no times to compare: --times wants recordings of a word or a few, all of which are recognized")
-    if calibrate:
+
+    def fit() -> dict[str, Any]:
         fitted = fit_times(found)
         _keep(options, network, start_shift=fitted.start_shift, end_shift=fitted.end_shift, reach=fitted.reach)
-    return dict(figures), problems
+        return {}
+
+    return dict(figures), problems, fit
 
 
 def _calibrate_confidence(outcomes: Sequence[Any], options: Any, network: str) -> dict[str, Any]:
@@ -250,7 +258,7 @@ def _calibrate_confidence(outcomes: Sequence[Any], options: Any, network: str) -
     weights, before, after = fit_confidence(outcomes)
     print(f"confidence on the other half of the speakers\n  as it was: {before}\n  fitted:    {after}")
     _keep(options, network, confidence=weights)
-    return {"before": asdict(before), "fitted": asdict(after)}
+    return {"confidence": {"before": asdict(before), "fitted": asdict(after)}}
 
 
 def _keep(options: Any, network: str, **fitted: Any) -> None:
