@@ -13,6 +13,8 @@ from asr.errors import ConfigError
 
 T = TypeVar("T")
 
+MOST_SEED = 2**63 - 1  # that torch takes
+
 CELLS = ("lstm", "lstm-peephole", "lstm-coupled", "lstm-projection", "lstm-layernorm", "lstm-1997", "gru", "rnn")
 
 
@@ -157,7 +159,7 @@ class AugmentConfig:
         )
         for name in (f.name for f in dataclasses.fields(self) if f.name.endswith("_probability")):
             _check(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "0 to 1")
-        low_high = len(self.noise_snr_db) == 2 and self.noise_snr_db[0] <= self.noise_snr_db[1]
+        low_high = len(self.noise_snr_db) == 2 and -math.inf < self.noise_snr_db[0] <= self.noise_snr_db[1] < math.inf
         _check(low_high, "augment.noise_snr_db", self.noise_snr_db, "[lowest, highest]")
         for name in (
             "gain_db",
@@ -168,7 +170,9 @@ class AugmentConfig:
             "band_masks",
             "band_mask_bands",
         ):
-            _check(getattr(self, name) >= 0, f"augment.{name}", getattr(self, name), "at least 0")
+            _check(
+                0 <= getattr(self, name) < math.inf, f"augment.{name}", getattr(self, name), "at least 0, and finite"
+            )
         _check(
             self.noise_probability == 0 or self.noise != "", "augment.noise", self.noise,
             "a prepared folder where augment.noise_probability is above 0",
@@ -216,6 +220,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         _check(self.epochs >= 1, "training.epochs", self.epochs, "at least 1")
+        _check(0 <= self.seed <= MOST_SEED, "training.seed", self.seed, f"0 to {MOST_SEED}")
         _check(self.batch_seconds > 0, "training.batch_seconds", self.batch_seconds, "above 0")
         views = f"at least {self.views}, the views of an utterance"
         _check(self.batch_utterances >= self.views, "training.batch_utterances", self.batch_utterances, views)
@@ -226,6 +231,7 @@ class TrainingConfig:
         for name in (
             "clip_value", "warmup_steps", "weight_decay", "phone_weight", "alignment_weight", "transducer_weight",
             "consistency_weight", "crf_weight", "teacher_weight", "curriculum_seconds", "curriculum_step_seconds",
+            "curriculum_epochs",
         ):  # fmt: skip
             _check(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "at least 0")
         _check(
@@ -320,7 +326,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The contents of a TOML file; ConfigError names the file and the fault."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -40,6 +40,11 @@ def test_overrides_are_toml_values_or_bare_words(config_file: Path) -> None:
     [
         ("training.epoch=3", r"unknown key training\.epoch; did you mean training\.epochs\?"),
         ("training.epochs=0", r"training\.epochs = 0: must be at least 1"),
+        ("training.seed=-1", r"training\.seed = -1: must be 0 to 9223372036854775807"),
+        ("training.seed=9223372036854775808", r"must be 0 to 9223372036854775807"),
+        ("training.curriculum_epochs=-3", r"training\.curriculum_epochs = -3: must be at least 0"),
+        ("augment.gain_db=inf", r"augment\.gain_db = inf: must be at least 0, and finite"),
+        ("augment.noise_snr_db=[0.0, inf]", r"augment\.noise_snr_db = .* must be \[lowest, highest\]"),
         ("training.epochs='many'", r"training\.epochs = 'many': must be of type int"),
         ("training.crf_weight=1.0", r"training\.crf_weight = 1\.0: must be 0 without model\.phone_output"),
         ("training.precision='fp8'", r"'fp8': must be \"auto\""),
@@ -73,3 +78,9 @@ def test_a_missing_key_file_or_broken_file_is_named(tmp_path: Path) -> None:
     path.write_text("[model]\nbidirectional = true\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="data is missing"):
         load_config(path)
+
+
+def test_a_mark_of_utf_8_before_the_file_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(CONFIGS[0].read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert load_config(path) == load_config(CONFIGS[0])

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from asr.config import MOST_SEED
 from pipelines.commands.options import INSIDE, AddressOption, ModelOption, StreamingOption, app, tell
 
 
@@ -100,7 +101,7 @@ def generate(
     words: Annotated[int, typer.Option(min=1, help="How many to write.")] = 50,
     temperature: Annotated[float, typer.Option(help="Above 1 bolder, below 1 safer.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Draw from so many most probable words; 0: from all.")] = 0,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="The same seed gives the same text.")] = 0,
 ) -> None:
     """Let a next-word network go on writing (extra \\[train]).
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.status import Status
 
+from asr.config import MOST_SEED
 from asr.errors import AudioError
 from pipelines.commands.options import (
     MANIFESTS,
@@ -183,7 +184,14 @@ def train_lm(
         ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of the first weights and dropout.", show_default="1", rich_help_panel=NETWORKS)
+        int | None,
+        typer.Option(
+            min=0,
+            max=MOST_SEED,
+            help="Of the first weights and dropout.",
+            show_default="1",
+            rich_help_panel=NETWORKS,
+        ),
     ] = None,
 ) -> None:
     """Make a language model from text: n-grams for --decoding beam, or a network that weighs what they find.
