@@ -67,6 +67,7 @@ class Network:
         open_search: called at first use: gives what makes a decoder for each segment.
         where: the network's folder, for messages.
         weights: the file that the engine reads; it tells one network from another in saved sessions.
+        searched_by: likewise what tells one search from another: its settings, and the files that it reads.
         calibration: of the words' times and confidences.
         phones: how many the engine is to write behind the tokens.
     """
@@ -79,11 +80,13 @@ class Network:
         open_search: Callable[[], Callable[[], Decoder]] = lambda: GreedyDecoder,
         where: str = "network",
         weights: Path | None = None,
+        searched_by: tuple[str, Sequence[Path]] = ("", ()),
         calibration: Calibration = Calibration(),  # noqa: B008 (frozen)
         phones: int = 0,
     ) -> None:
         self.tokens, self._calibration, self._phones = tokenizer.tokens, calibration, phones
         self._open_engine, self._open_search, self._where, self._weights = open_engine, open_search, where, weights
+        self._searched_by = searched_by
         self._opening: Future[Callable[[], Decoder]] | None = None
 
     @cached_property
@@ -116,6 +119,15 @@ class Network:
         digest = hashlib.sha256("\n".join(self.tokens).encode())
         if self._weights is not None:
             digest.update(self._weights.read_bytes())
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def search(self) -> str:
+        """A name that no other search has: what it wrote down means something to itself alone."""
+        settings, files = self._searched_by
+        digest = hashlib.sha256(settings.encode())
+        for file in files:
+            digest.update(file.read_bytes())
         return digest.hexdigest()[:16]
 
     @cached_property

@@ -1,7 +1,9 @@
 """Recognition: Recognizer for whole files; it opens a Session for live audio."""
 
+import json
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -36,6 +38,7 @@ from asr.runtime.folder import (
     find_prediction,
     phones_at_output,
     read_priors,
+    search_files,
 )
 from asr.runtime.reader import Work, run_together
 from asr.session import Clock, Session, Update
@@ -118,6 +121,7 @@ class Recognizer:
         if decoding is None:
             decoding = "beam" if given else best_decoding(path)
         open_search = _search_opener(path, list(folders.values()), decoding, given)
+        settings_told = json.dumps(asdict(BeamConfig(**given)), sort_keys=True)
         unfit = _without_transducer(folders) if decoding == "transducer" else {}
         networks = {}
         for name, folder in folders.items():
@@ -135,6 +139,7 @@ class Recognizer:
                 ),
                 where=str(folder),
                 weights=find_graph(folder, precision) if engine == "onnx" else folder / WEIGHTS_FILE,
+                searched_by=(settings_told, search_files(path, folder, decoding)),
                 calibration=load_calibration(folder, decoding) if calibrated else Calibration(),
                 phones=len(phones),
             )

@@ -152,6 +152,7 @@ class Session:
             "streaming network": self._network.identity,
             "offline network": None if self._second is None else self._second.identity,
             "decoding": type(self._reader.decoder).__name__,
+            "search": self._network.search,
             "sample_rate": self._clock.rate,
             "endpoint": None if self._endpoint is None else asdict(self._endpoint),
             "two_pass": self._second is not None,

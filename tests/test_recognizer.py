@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import itertools
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -21,6 +22,7 @@ from asr.endpoint import EndpointConfig, Endpointer
 from asr.errors import AsrError, AudioError, ConfigError, ModelError
 from asr.recognizer import Network, Recognizer, Session, Transcript
 from asr.runtime import State
+from asr.runtime.folder import shipped_model
 from asr.runtime.reader import usual_block
 from asr.text import Tokenizer
 
@@ -441,6 +443,19 @@ def test_a_session_goes_on_after_a_trip_through_bytes(
             assert one is not other
             assert one.feed(part) == other.feed(part)
     assert two_networks().resume(other.save()).finish() == one.finish()  # in a new process, so to speak
+
+
+def test_a_saved_session_is_refused_by_another_search_than_its_own(tmp_path: Path) -> None:
+    model = shutil.copytree(shipped_model(), tmp_path / "model")
+    hot_words = {"phoebe": 5.0, "mister quilter": 3.0}
+    data = Recognizer.load(model, hot_words=hot_words).stream().save()
+    assert Recognizer.load(model, hot_words=hot_words).resume(data).finish().text == ""
+    told = r"a saved session: its search was \w{16}; in the model .* it is \w{16}"
+    with pytest.raises(ModelError, match=told):
+        Recognizer.load(model).resume(data)
+    (model / "streaming" / "priors.txt").unlink()
+    with pytest.raises(ModelError, match=told):
+        Recognizer.load(model, hot_words=hot_words).resume(data)
 
 
 def test_a_saved_session_is_refused_by_name_where_it_does_not_fit() -> None:

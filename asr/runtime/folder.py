@@ -16,6 +16,7 @@ WEIGHTS_FILE = "weights.safetensors"
 GRAPHS = {"int8": "model.int8.onnx", "fp32": "model.onnx"}
 LM_FOLDER, LM_FILE, LM_LEXICON = "lm", "lm.npz", "lexicon.npz"
 _PRIORS = "priors.txt"  # of a network
+_PHONES = "phones.txt"
 NEXT_WORD_FOLDER = "next-word"
 _LM_FILES = (LM_FILE, "lm.arpa.gz", "lm.arpa")  # ARPA: of other programs; it takes seconds to read
 _SHIPPED = Path(__file__).parents[1] / "shipped"
@@ -121,7 +122,7 @@ def read_phones(network: Path) -> list[str]:
     Raises:
         ModelError: they cannot be read.
     """
-    names = network / "phones.txt"
+    names = network / _PHONES
     try:
         return names.read_text(encoding="utf-8").split() if names.is_file() else []
     except (OSError, UnicodeDecodeError) as error:
@@ -194,3 +195,19 @@ def find_language_model(path: str | Path | None) -> Path:
         f"{folder}: beam search needs a language model, and {LM_FOLDER}/ is missing or incomplete; copy the model's "
         f"folder anew, or make one with `asr train-lm TEXT --out {folder}`; --decoding greedy goes without"
     )
+
+
+def search_files(path: str | Path | None, network: Path, decoding: str) -> list[Path]:
+    """What is read to search by a network of a model folder, besides its graph; None is the shipped model."""
+    if decoding == "greedy":
+        return []
+    if decoding == "transducer":
+        return [find_prediction(network)]
+    next_word = find_next_word(path)
+    beside = [
+        find_lexicon(path),
+        network / _PRIORS,
+        network / _PHONES,
+        *sorted(next_word.iterdir() if next_word else []),
+    ]
+    return [find_language_model(path), *(file for file in beside if file and file.is_file())]
