@@ -139,7 +139,7 @@ def train_and_recognize(run: Path) -> None:
     overrides = [f"data.{name}={json.dumps([str(run / name)])}" for name in manifests]
     config = load_config(ROOT / "configs" / "demo.toml", overrides)
     console.print("Ray starts; the first figures come in about half a minute.")
-    model = train(config, run / "run", workers=2)
+    model = train(config, run / "run", workers=2, device="cpu")
 
     console.rule("4. Evaluated and transcribed")
     recognizer = Recognizer.load(model)

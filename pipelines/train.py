@@ -6,15 +6,17 @@ import platform
 import shutil
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from asr.config import TrainConfig, from_dict, to_toml
 from asr.errors import AsrError, ConfigError, ModelError
 from asr.files import replacing_folder, write_atomically
 from asr.runtime.folder import GRAPHS, LM_FOLDER, NEXT_WORD_FOLDER
 
+Device = Literal["auto", "cpu", "gpu"]
 _ATTEMPTS = 3  # that get no further than the one before
 _RESIZE_SECONDS = 10.0  # between looks for workers to take back
 
@@ -26,6 +28,7 @@ def train(
     workers: int = 1,
     min_workers: int | None = None,
     address: str | None = None,
+    device: Device = "auto",
 ) -> Path:
     """Train a network, or go on with a run that stopped; gives the run's model folder, complete with its graphs.
 
@@ -35,11 +38,14 @@ def train(
     Args:
         config: everything that is trained and how.
         out: the run's folder, on storage that all workers reach.
-        workers: Ray Train workers, each with one GPU where the cluster has them; 0 trains in this process without ray.
+        workers: Ray Train workers, each with a processor or a GPU; 0 trains in this process without ray.
         min_workers: go on with as few, where nodes are lost, until they come back; None: with no fewer than `workers`.
         address: a running Ray cluster; None: RAY_ADDRESS, or a local one.
+        device: "gpu": each worker has a GPU of its own, and where the cluster has none yet, it is waited for; "cpu":
+            none has one; "auto": GPUs where the cluster has any, on one machine where it has as many as workers.
 
     Raises:
+        ConfigError: a GPU is wanted in this process, and there is none.
         AsrError: data, configuration or checkpoint are not usable, or training cannot go on.
     """
     from asr.training.start import with_absolute_paths
@@ -53,10 +59,12 @@ def train(
 
         from asr.training.loop import run_training
 
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        network = run_training(config, run, device=device)
+        if device == "gpu" and not torch.cuda.is_available():
+            raise ConfigError("--device gpu: this machine has no GPU that PyTorch can use")
+        gpu = device != "cpu" and torch.cuda.is_available()
+        network = run_training(config, run, device=torch.device("cuda" if gpu else "cpu"))
     else:
-        network = train_on_ray(config, run, (min_workers or workers, workers), address)
+        network = train_on_ray(config, run, (min_workers or workers, workers), address, device)
     _write_card(config, run)
     if config.init_from and not config.new_tokens:
         _take_language_models(Path(config.init_from).parent, run / "model")
@@ -105,7 +113,9 @@ def _log(run: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a row
 
 
-def train_on_ray(config: TrainConfig, run: Path, workers: tuple[int, int], address: str | None) -> Path:
+def train_on_ray(
+    config: TrainConfig, run: Path, workers: tuple[int, int], address: str | None, device: Device = "auto"
+) -> Path:
     """Train on as many as workers[1] workers, no fewer than workers[0]; gives the network's folder, without graphs."""
     from asr.training.checkpoint import checkpoints
     from asr.training.display import Display
@@ -120,11 +130,13 @@ def train_on_ray(config: TrainConfig, run: Path, workers: tuple[int, int], addre
         raise AsrError(f"{run}: cannot be written ({error.strerror})") from error
     with ray_local.start(address, cpus=max(workers[1], os.cpu_count() or 1)) as ray, Display() as display:
         display.follow(run / "log.jsonl")  # the workers' own output stays in Ray's logs
+        alone = not (address or os.environ.get("RAY_ADDRESS"))
+        gpu = _on_gpus(ray, workers[0], device, alone, display.note)  # once: a retry may find nodes lost
         failures = 0
         while True:
             before = checkpoints(run / "checkpoints")[-1:]
             try:
-                _fit(ray, config, run, workers, display.note)
+                _fit(ray, config, run, workers, gpu, display.note)
                 break
             except Exception as error:  # Ray wraps what a worker raised: give the reader the cause, not the wrapping
                 cause = _own_error(error)
@@ -137,17 +149,37 @@ def train_on_ray(config: TrainConfig, run: Path, workers: tuple[int, int], addre
     return run / "model" / config.model.kind
 
 
-def _fit(ray: ModuleType, config: TrainConfig, run: Path, workers: tuple[int, int], note: Any) -> None:
+def _on_gpus(ray: ModuleType, least: int, device: Device, alone: bool, note: Callable[[str], None]) -> bool:
+    """Whether each worker takes a GPU; `alone`: no other node will come."""
+    if device != "auto":
+        return device == "gpu"
+    found = int(ray.cluster_resources().get("GPU", 0))
+    if found >= least or (found and not alone):
+        return True
+    if found:
+        note(f"{found} GPU(s) for {least} workers: training on processors (--workers {found} takes the GPUs)")
+    elif not alone:
+        note("the cluster has no GPU: training on processors (--device gpu waits for GPUs)")
+    return False
+
+
+def _fit(
+    ray: ModuleType,
+    config: TrainConfig,
+    run: Path,
+    workers: tuple[int, int],
+    gpu: bool,
+    note: Callable[[str], None],
+) -> None:
     """One attempt: Ray Train's workers run the loop to its end, or Ray raises."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     least, most = workers
-    there = ray.cluster_resources()
-    gpu = there.get("GPU", 0) >= least
-    found = int(there.get("GPU" if gpu else "CPU", 0))
+    found = int(ray.cluster_resources().get("GPU" if gpu else "CPU", 0))
     if found < least:
-        note(f"the cluster has room for {found} of {least} workers; waiting for more nodes (Ctrl-C ends this)")
+        kind = "GPUs" if gpu else "room"
+        note(f"the cluster has {kind} for {found} of {least} workers; waiting for more nodes (Ctrl-C ends this)")
     TorchTrainer(
         _worker,
         train_loop_config={"config": to_toml(config), "run": str(run)},

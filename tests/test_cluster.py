@@ -235,8 +235,15 @@ def test_a_cluster_without_room_says_what_it_waits_for(tmp_path: Path) -> None:
             "it says so",
             seconds=200,
         )
+        assert "the cluster has no GPU: training on processors" in " ".join(told.read_text().split())
         job.kill()
         job.wait()
+        made.run("train", tmp_path / "c.toml", "--out", tmp_path / "other", "--device", "gpu")
+        wait_until(
+            lambda: "GPUs for 0 of 1 workers; waiting for more nodes" in " ".join(told.read_text().split()),
+            "it says so",
+            seconds=200,
+        )
 
 
 def test_the_cloud_file_fits_the_schema_of_ray() -> None:

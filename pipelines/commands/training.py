@@ -98,6 +98,10 @@ def train(
         typer.Option(min=1, help="Go on with as few where nodes are lost, until they are back."),
     ] = None,
     address: AddressOption = None,
+    device: Annotated[
+        Literal["auto", "cpu", "gpu"],
+        typer.Option(help="Of each worker; auto: a GPU where there are any. gpu waits for nodes that have them."),
+    ] = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Tell steps, memory, time and the first batches; write nothing.")
     ] = False,
@@ -118,7 +122,7 @@ def train(
         return
     from pipelines.train import train as run
 
-    made = run(chosen, folder, workers=workers, min_workers=min_workers, address=address)
+    made = run(chosen, folder, workers=workers, min_workers=min_workers, address=address, device=device)
     print(f"{made}: try it with  asr transcribe --model {made} AUDIO")
 
 
