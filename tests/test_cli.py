@@ -158,9 +158,14 @@ def test_train_hands_over_the_config_with_its_overrides(monkeypatch: pytest.Monk
 
     stand_in(monkeypatch, "pipelines.train", train=train)
     monkeypatch.setattr("asr.config.load_config", lambda path, overrides: (path, tuple(overrides)))
-    assert run("train", "configs/x.toml", "--set", "training.epochs=2", "--set", "a.b=c", "--workers", 0) == 0
+    assert (
+        run(
+            "train", "configs/x.toml", "--set", "training.epochs=2", "--set", "a.b=c", "--workers", 0, "--device", "cpu"
+        )
+        == 0
+    )
     expected = (Path("configs/x.toml"), ("training.epochs=2", "a.b=c"))
-    chosen = {"workers": 0, "min_workers": None, "address": None}
+    chosen = {"workers": 0, "min_workers": None, "address": None, "device": "cpu"}
     assert seen == {"config": expected, "out": Path("runs/x")} | chosen
 
 
