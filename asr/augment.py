@@ -54,12 +54,15 @@ def draw_leads(count: int, config: AugmentConfig, rng: np.random.Generator) -> n
     return rng.integers(longest + 1, size=count) * (rng.random(count) < 0.5)
 
 
-def add_noise(audio: torch.Tensor, noise: torch.Tensor, snr_db: float) -> torch.Tensor:
-    """Mix noise (any length; repeated or cut to fit) into audio at a signal-to-noise ratio of the mean powers."""
+def add_noise(audio: torch.Tensor, noise: torch.Tensor, snr_db: float, lead: int = 0) -> torch.Tensor:
+    """Mix noise (any length; repeated or cut to fit) into audio at a signal-to-noise ratio of the mean powers.
+
+    Of the audio's, `lead` samples of silence before it are left out.
+    """
     if not len(noise) or not len(audio):
         return audio
     noise = repeat(noise, len(audio))
-    power, noise_power = audio.square().mean(), noise.square().mean()
+    power, noise_power = audio.square().sum() / max(len(audio) - lead, 1), noise.square().mean()
     if noise_power <= 0:
         return audio
     return audio + noise * torch.sqrt(power / noise_power * 10 ** (-snr_db / 10))
@@ -93,16 +96,23 @@ def filter_audio(audio: torch.Tensor, response: torch.Tensor | None, low_pass_hz
 
 
 def augment_audio(
-    audio: torch.Tensor, config: AugmentConfig, rng: np.random.Generator, noise: torch.Tensor | None = None
+    audio: torch.Tensor,
+    config: AugmentConfig,
+    rng: np.random.Generator,
+    noise: torch.Tensor | None = None,
+    lead: int = 0,
 ) -> torch.Tensor:
-    """Reverberation, band limit, noise and gain, each as the configuration's chances have it: (samples,) float32."""
+    """Reverberation, band limit, noise and gain, each as the configuration's chances have it: (samples,) float32.
+
+    The audio begins with `lead` samples of silence.
+    """
     response = room_response(rng) if rng.random() < config.reverberation_probability else None
     limit = float(rng.uniform(*LIMIT_HZ)) if rng.random() < config.low_pass_probability else None
     if response is not None or limit is not None:
         audio = filter_audio(audio, response, limit)
     if noise is not None:
         low, high = config.noise_snr_db
-        audio = add_noise(audio, noise, float(rng.uniform(low, high)))
+        audio = add_noise(audio, noise, float(rng.uniform(low, high)), lead)
     gain_db = rng.uniform(-config.gain_db, config.gain_db)
     if config.quiet_db and rng.random() < 0.5:
         gain_db -= rng.uniform(0.0, config.quiet_db)

@@ -14,7 +14,7 @@ from asr.errors import ConfigError
 from asr.lexicon import phones_of
 from asr.models import load_network
 from asr.training.align import SILENCE, align
-from asr.training.data import EDGE_SAMPLES, UNKNOWN, Corpus, Loader, Plan
+from asr.training.data import EDGE_SAMPLES, UNKNOWN, Corpus, Loader, Plan, Sampler
 from asr.training.device import DeviceLoader
 from asr.training.loop import run_training
 from asr.training.shards import STATES, ShardDataset, write_alignment, write_shard
@@ -111,7 +111,7 @@ def test_targets_follow_the_changed_audio_and_the_frames(
     frame = 4 * hop_ms / 1000
     delay = 0.0 if bidirectional else 2 * frame
     agree = []
-    for t, state in enumerate(states):
+    for t, state in enumerate(states[states != UNKNOWN]):
         time = (t * frame - delay - 0.25) * speed
         want = truth[0][int(time * 100)] if 0 <= time * 100 < len(truth[0]) else SILENCE
         agree.append(names[state // STATES] == want)
@@ -128,12 +128,30 @@ def test_before_and_after_an_utterance_there_is_silence_also_where_it_begins_wit
     corpus = Corpus([str(folder)])
     plan = Plan((0,), (1.0,), -(-(160 * frames + 2 * EDGE_SAMPLES) // 5120) * 5120)
     states = Loader(corpus, config, config.features.hop).batch(plan, 0).states[0].numpy()
+    states = states[states != UNKNOWN]
     silence, speech = STATES, 1  # among sorted names
     spoken = np.flatnonzero(states == speech)
     assert set(states[: spoken[0]]) == set(states[spoken[-1] + 1 :]) == {silence}
     assert len(spoken) == pytest.approx(frames / 4, abs=1)
+
+
+def test_every_frame_of_an_utterance_has_a_state_and_no_frame_of_padding(tmp_path: Path) -> None:
+    folder = write_corpus(tmp_path / "d")
+    lengths = ShardDataset(folder).n_samples // 160
+    write_alignment(folder, ["sil", "aa"], [np.full(n, STATES + 1, np.uint8) for n in lengths])
+    config = changed(tone_config(folder), "augment", silence_probability=0.3, lead_seconds=0.5)
+    corpus = Corpus([str(folder)])
+    loader = Loader(corpus, config, config.features.hop)
     on_device = DeviceLoader(corpus, config, config.features.hop, torch.device("cpu"))
-    assert torch.equal(on_device.batch(plan, 0).states[0], torch.from_numpy(states))
+    for plan in Sampler(corpus, config, 640).epoch(0):
+        batch = loader.batch(plan, 0)
+        inside = torch.arange(batch.states.shape[1]) < (batch.lengths // loader.stride)[:, None]
+        assert torch.equal(batch.states != UNKNOWN, inside)
+        assert batch.state_count == int(inside.sum())
+        silent = batch.token_lengths == 0
+        assert bool((batch.states[silent] == corpus.silence)[inside[silent]].all())
+        assert bool((batch.states[~silent] == 1).any(1).all())
+        assert torch.equal(on_device.batch(plan, 0).states, batch.states)
 
 
 def test_rows_without_alignment_are_not_taught(aligned: tuple[Path, list[list[str]]]) -> None:

@@ -51,6 +51,9 @@ def test_noise_is_mixed_at_the_ratio_asked_for() -> None:
     ratio = 10 * torch.log10(clean.square().mean() / added.square().mean())
     assert abs(float(ratio) - 10) < 0.01
     assert torch.equal(add_noise(clean, torch.zeros(10), 10.0), clean)
+    late = torch.cat([torch.zeros(30_000), clean])  # what is before the speech makes it no quieter
+    added = add_noise(late, noise, 10.0, 30_000) - late
+    assert abs(float(10 * torch.log10(clean.square().mean() / added.square().mean())) - 10) < 0.01
 
 
 def test_half_of_the_utterances_are_made_quieter() -> None:

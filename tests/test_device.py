@@ -43,14 +43,18 @@ def test_without_chance_the_batches_are_the_same(tmp_path: Path, rank: int) -> N
 def test_noise_is_as_strong_as_asked(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     noise = [row(f"n{i}", "", 0.1 * rng.standard_normal(n)) for i, n in enumerate((4_000, 90_000))]
-    config = changed(tone_config(write_corpus(tmp_path / "d")), "augment", **PLAIN, noise_snr_db=(10.0, 10.0))
+    config = changed(
+        tone_config(write_corpus(tmp_path / "d")), "augment", **PLAIN, noise_snr_db=(10.0, 10.0), lead_seconds=1.0
+    )
     noisy = changed(config, "augment", noise=str(write_corpus(tmp_path / "n", 0, extra=noise)), noise_probability=1.0)
     sampler, _, clean = both(config)
     _, _, device = both(noisy)
     for plan in sampler.epoch(0):
         speech, heard = clean.batch(plan, 0), device.batch(plan, 0)
         added = heard.audio - speech.audio
-        power, noise_power = (x.square().sum(1) for x in (speech.audio, added))
+        heard_samples = heard.lengths - 2 * EDGE_SAMPLES
+        power = speech.audio.square().sum(1) / (heard_samples - torch.tensor(plan.leads))  # of the speech alone
+        noise_power = added.square().sum(1) / heard_samples
         torch.testing.assert_close(
             10 * torch.log10(power / noise_power), torch.full_like(power, 10.0), atol=0.1, rtol=0
         )

@@ -92,8 +92,8 @@ def test_rows_without_phones_teach_none(tmp_path: Path) -> None:
             found.append(losses(batch)[0].item())
         return found[1] - found[0]
 
-    unknown = torch.zeros_like(batch.phone_lengths)
-    without = dataclasses.replace(batch, phone_lengths=unknown, phone_count=0)
+    unknown = torch.zeros_like(batch.pronounced)
+    without = dataclasses.replace(batch, pronounced=unknown, phone_count=0)
     losses.phone_weight = 0.0
     by_tokens = of_phones(batch)
     losses.phone_weight = 1.0

@@ -113,6 +113,8 @@ def test_some_utterances_give_way_to_silence_with_an_empty_text(tmp_path: Path) 
         assert bool(batch.counts.all())
         assert float(batch.audio[batch.token_lengths == 0].abs().sum()) == 0.0  # there is no noise to take
         assert float(batch.audio[batch.token_lengths > 0].abs().sum(1).min()) > 0.0
+        assert bool(batch.pronounced.all()), "that nothing is said, the phones are told as well"
+        assert torch.equal(batch.phone_lengths == 0, batch.token_lengths == 0)
 
 
 def test_half_of_the_utterances_begin_after_a_silence(tmp_path: Path) -> None:

@@ -49,6 +49,31 @@ def test_a_ctc_crf_of_the_phones_is_their_ctc_less_all_that_could_be_said(tmp_pa
     assert loss(0.0) - loss(1.0) == pytest.approx(2 * (loss(0.0) - loss(0.5)), rel=1e-3)
 
 
+def test_a_row_of_silence_teaches_the_phones_and_one_too_short_for_its_phones_nothing(tmp_path: Path) -> None:
+    folder = write_corpus(tmp_path / "d", rows=3)
+    config = changed(tone_config(folder), "model", phone_output=True)
+    config = changed(changed(config, "training", crf_weight=1.0), "augment", silence_probability=0.0)
+    trainer = Trainer(config, tmp_path / "run")
+    batch, losses = trainer.loader.batch(trainer.sampler.epoch(0)[0], 0), trainer.losses.eval()
+    assert isinstance(losses, Losses)
+
+    def of_phones(batch: Batch) -> float:
+        """What phones add to the loss."""
+        found = []
+        for weight in (0.0, 1.0):
+            losses.phone_weight = weight
+            found.append(losses(dataclasses.replace(batch, phone_count=1))[0].item())
+        return found[1] - found[0]
+
+    nothing = dataclasses.replace(batch, phone_lengths=torch.zeros_like(batch.phone_lengths))
+    assert of_phones(nothing) > 1.0
+    assert of_phones(dataclasses.replace(nothing, pronounced=torch.zeros_like(batch.pronounced))) == 0.0
+    rows, frames = batch.states.shape
+    phones = torch.ones(rows, 2 * frames, dtype=torch.long)
+    long = dataclasses.replace(batch, phones=phones, phone_lengths=torch.full((rows,), 2 * frames))
+    assert of_phones(long) == 0.0
+
+
 def test_what_else_could_be_said_counts_from_crf_start_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = changed(tone_config(write_corpus(tmp_path / "d"), epochs=2), "model", phone_output=True)
     config = changed(config, "training", crf_weight=0.8, crf_start=0.5)

@@ -15,6 +15,7 @@ import torch
 
 from asr.augment import (
     SAMPLE_RATE,
+    SPEED_STEPS,
     augment_audio,
     background,
     change_speed,
@@ -48,11 +49,11 @@ class Batch:
         audio: (batch, samples) float32, edge silence included; lengths: (batch,) samples, and once more on the CPU.
         features: (batch, feature frames, bands) float32 log-mel in place of audio, where the data holds those; or None.
         tokens: (batch, longest) int64, token_lengths: (batch,) on the CPU: 0 means that nothing is said; likewise
-            phones, of length 0 where unknown.
+            phones, where pronounced, (batch,) bool, says that they are known.
         counts: (batch,) bool: False for a row that only keeps a rank without work in step.
         hidden_frames: (batch, feature frames) bool; hidden_bands: (batch, bands) bool: SpecAugment's masks; of
             twice as many rows where each utterance is read under two of them.
-        states: (batch, output frames) int64, the aligned phone state of each frame or UNKNOWN.
+        states: (batch, output frames) int64, the aligned phone state of each frame or UNKNOWN, as behind the end.
         token_count, phone_count, state_count: of the global batch, over all ranks.
     """
 
@@ -65,6 +66,7 @@ class Batch:
     counts: torch.Tensor
     phones: torch.Tensor
     phone_lengths: torch.Tensor
+    pronounced: torch.Tensor
     hidden_frames: torch.Tensor
     hidden_bands: torch.Tensor
     states: torch.Tensor
@@ -84,7 +86,7 @@ class Batch:
     def repeated(self, views: int) -> "Batch":
         """The same batch with the targets of each row once for each view, and counted as often."""
         rows = {name: getattr(self, name).repeat(views, 1) for name in ("tokens", "phones", "states")}
-        ones = {name: getattr(self, name).repeat(views) for name in ("counts", *_COUNTED_WITH)}
+        ones = {name: getattr(self, name).repeat(views) for name in ("counts", "pronounced", *_COUNTED_WITH)}
         counts = {name: views * getattr(self, name) for name in ("token_count", "phone_count", "state_count")}
         return dataclasses.replace(self, **rows, **ones, **counts)
 
@@ -108,6 +110,13 @@ class Plan:
         """Row, speed, lead and silence of a rank's part."""
         leads, silent = self.leads or (0,) * len(self.rows), self.silent or (False,) * len(self.rows)
         return list(zip(self.rows, self.speeds, leads, silent, strict=True))[rank::world]
+
+    def output_frames(self, n_samples: np.ndarray, stride: int) -> int:
+        """How many frames of so many samples are no padding, in all rows; `n_samples` are those of the corpus."""
+        steps = np.round(np.array(self.speeds) * SPEED_STEPS).astype(np.int64)
+        played = -(-n_samples[list(self.rows)] * SPEED_STEPS // steps) + (self.leads or 0)
+        whole = np.minimum(played, self.samples - 2 * EDGE_SAMPLES) + 2 * EDGE_SAMPLES
+        return int((whole // stride).sum())
 
 
 class Corpus:
@@ -314,6 +323,7 @@ class Loader:
         self, corpus: Corpus, config: TrainConfig, hop: int, *, rank: int = 0, world: int = 1, augment: bool = True
     ) -> None:
         self.corpus, self.config, self.hop = corpus, config, hop
+        self.stride = hop * math.prod(config.model.strides)  # samples to an output frame
         self.rank, self.world, self.augment = rank, world, augment
         self.delay = 0 if config.model.bidirectional else _DELAY
         self.noise = ShardDataset(config.augment.noise) if augment and config.augment.noise else None
@@ -338,8 +348,7 @@ class Loader:
         views = self.config.training.views if self.augment else 1
         hidden_frames = np.zeros((views, len(mine), frames), bool)
         hidden_bands = np.zeros((views, len(mine), bands), bool)
-        stride = self.hop * math.prod(self.config.model.strides)
-        states = np.full((len(mine), plan.samples // stride), UNKNOWN)
+        states = np.full((len(mine), plan.samples // self.stride), UNKNOWN)
         for i, (row, speed, lead, silent) in enumerate(mine):
             rng = np.random.default_rng([self.config.training.seed, ROW_STREAM, epoch, int(row)])
             if features is not None:
@@ -354,12 +363,13 @@ class Loader:
                     if silent:
                         samples = background(len(samples), noise, rng)
                     else:
-                        samples = augment_audio(samples, self.config.augment, rng, noise)
+                        samples = augment_audio(samples, self.config.augment, rng, noise, lead)
                 samples = samples[: plan.samples - 2 * EDGE_SAMPLES]
                 audio[i, EDGE_SAMPLES : EDGE_SAMPLES + len(samples)] = samples
                 lengths[i] = len(samples) + 2 * EDGE_SAMPLES
-            if not idle and not silent:
-                states[i] = self._states_at(row, speed, states.shape[1], stride, lead)
+            if not idle:
+                heard = int(lengths[i]) // self.stride
+                states[i, :heard] = self._silence(heard) if silent else self._states_at(row, speed, heard, lead)
             if self.augment:
                 n = int(lengths[i]) // self.hop
                 for view in range(views):
@@ -378,20 +388,31 @@ class Loader:
             counts=torch.full((len(mine),), not idle),
             phones=phones,
             phone_lengths=phone_lengths,
+            pronounced=torch.tensor(
+                [
+                    not idle and bool(corpus.phones) and (silent or len(corpus.phone_ids[row]) > 0)
+                    for row, _, _, silent in mine
+                ]
+            ),
             hidden_frames=torch.from_numpy(hidden_frames).flatten(0, 1),
             hidden_bands=torch.from_numpy(hidden_bands).flatten(0, 1),
             states=torch.from_numpy(states),
             token_count=sum(len(corpus.tokens[row]) for row in plan.rows),
             phone_count=sum(len(corpus.phone_ids[row]) for row in plan.rows),
-            state_count=len(plan.rows) * states.shape[1],
+            state_count=plan.output_frames(corpus.n_samples, self.stride),
         )
 
-    def _states_at(self, row: int, speed: float, frames: int, stride: int, lead: int) -> np.ndarray:
+    def _silence(self, frames: int) -> np.ndarray:
+        return np.full(frames, self.corpus.silence if self.corpus.state_count else UNKNOWN)
+
+    def _states_at(self, row: int, speed: float, frames: int, lead: int) -> np.ndarray:
         """The phone state that each output frame of an utterance should name: (frames,) int64."""
         known = self.corpus.states(row)
         if not len(known):
             return np.full(frames, UNKNOWN)
-        position = (np.arange(frames) - self.delay) * stride - EDGE_SAMPLES - lead  # of its middle, in changed audio
+        position = (
+            (np.arange(frames) - self.delay) * self.stride - EDGE_SAMPLES - lead
+        )  # of its middle, in changed audio
         labels = np.floor(position * speed / LABEL_SAMPLES).astype(np.int64)
         inside = (labels >= 0) & (labels < len(known))
         return np.where(inside, known[labels.clip(0, len(known) - 1)], self.corpus.silence)

@@ -89,14 +89,14 @@ class DeviceLoader(Loader):
         time = torch.arange(room, device=device)[None] - put(leads)[:, None]  # of the utterance
         inside = (time >= 0) & (time < put(np.where(silent, 0, played))[:, None])
         audio = torch.where(inside, audio.gather(1, time.clamp(0, audio.shape[1] - 1)), 0.0)
-        audio = self._augmented(audio, lengths, silent, rng)
+        audio = self._augmented(audio, lengths, leads, silent, rng)
         lengths = np.zeros_like(lengths) if idle else lengths + 2 * EDGE_SAMPLES
 
         bands, frames, views = config.features.bands, plan.samples // self.hop, config.training.views
         hidden_frames, hidden_bands = self._masks(views, lengths // self.hop, frames, bands, rng)
         of_text = np.where(silent | idle, 0, self.written.lengths[rows])
         of_phones = np.where(silent | idle, 0, self.spoken.lengths[rows])
-        states = self._states(rows, speeds, leads, silent | idle, plan.samples)
+        states = self._states(rows, speeds, leads, lengths, silent, plan.samples)
         return Batch(
             audio=F.pad(audio, (EDGE_SAMPLES, EDGE_SAMPLES)),
             features=None,
@@ -107,12 +107,13 @@ class DeviceLoader(Loader):
             counts=torch.full((len(rows),), not idle, device=device),
             phones=self._targets(self.spoken, rows, of_phones),
             phone_lengths=torch.from_numpy(of_phones),
+            pronounced=put((not idle and bool(corpus.phones)) & (silent | (of_phones > 0))),
             hidden_frames=hidden_frames,
             hidden_bands=hidden_bands,
             states=states,
             token_count=sum(len(corpus.tokens[row]) for row in plan.rows),
             phone_count=sum(len(corpus.phone_ids[row]) for row in plan.rows),
-            state_count=len(plan.rows) * states.shape[1],
+            state_count=plan.output_frames(corpus.n_samples, self.stride),
         )
 
     def _played(self, rows: np.ndarray, steps: np.ndarray, played: np.ndarray) -> Tensor:
@@ -137,7 +138,9 @@ class DeviceLoader(Loader):
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # its 10 bits would be heard
             return self._resamplers[step](samples)
 
-    def _augmented(self, audio: Tensor, lengths: np.ndarray, silent: np.ndarray, rng: np.random.Generator) -> Tensor:
+    def _augmented(
+        self, audio: Tensor, lengths: np.ndarray, leads: np.ndarray, silent: np.ndarray, rng: np.random.Generator
+    ) -> Tensor:
         """As asr.augment.augment_audio, or of silent rows background: (rows, samples) float32, likewise."""
         config, put, count = self.config.augment, self._put, len(audio)
         rooms = rng.random(count) < config.reverberation_probability
@@ -157,8 +160,8 @@ class DeviceLoader(Loader):
             first = put((rng.random(len(noisy)) * sizes).astype(np.int64))[:, None]
             time = (first + torch.arange(audio.shape[1], device=self.device)) % put(sizes)[:, None]
             noise = torch.where(inside[of], self.noises.at(clips, time).float() / 32768, 0.0)
-            seconds = put(np.maximum(lengths[noisy], 1))
-            power, noise_power = (x.square().sum(1) / seconds for x in (audio[of], noise))
+            power = audio[of].square().sum(1) / put(np.maximum(lengths - leads, 1)[noisy])
+            noise_power = noise.square().sum(1) / put(np.maximum(lengths, 1)[noisy])
             low, high = config.noise_snr_db
             snr = put(10 ** (-rng.uniform(low, high, len(noisy)) / 10).astype(np.float32))
             level = put(10 ** (rng.uniform(*BACKGROUND_DB, size=len(noisy)) / 20).astype(np.float32))
@@ -208,18 +211,25 @@ class DeviceLoader(Loader):
         return ((place >= put(starts)[..., None]) & (place < put(starts + widths)[..., None])).any(1)
 
     def _states(
-        self, rows: np.ndarray, speeds: np.ndarray, leads: np.ndarray, untaught: np.ndarray, samples: int
+        self,
+        rows: np.ndarray,
+        speeds: np.ndarray,
+        leads: np.ndarray,
+        lengths: np.ndarray,
+        silent: np.ndarray,
+        samples: int,
     ) -> Tensor:
-        """As Loader._states_at, of all rows: (rows, output frames) int64."""
+        """As Loader._states_at, or of silent rows silence, of all rows: (rows, output frames) int64."""
         put = self._put
-        stride = self.hop * int(np.prod(self.config.model.strides))
-        time = torch.arange(samples // stride, device=self.device)[None]
-        position = (time - self.delay) * stride - EDGE_SAMPLES - put(leads)[:, None]
+        time = torch.arange(samples // self.stride, device=self.device)[None]
+        position = (time - self.delay) * self.stride - EDGE_SAMPLES - put(leads)[:, None]
         index = torch.floor(position * put(speeds)[:, None] / LABEL_SAMPLES).long()
         known = self.labels.lengths[rows]
-        inside = (index >= 0) & (index < put(known)[:, None])
+        inside = (index >= 0) & (index < put(np.where(silent, 0, known))[:, None])
         states = torch.where(inside, self.labels.at(rows, index), self.corpus.silence).long()
-        return states.masked_fill(put((known == 0) | untaught)[:, None], UNKNOWN)
+        taught = np.where(silent, self.corpus.state_count > 0, known > 0)
+        heard = time < put(np.where(taught, lengths // self.stride, 0))[:, None]
+        return torch.where(heard, states, UNKNOWN)
 
     def _targets(self, of: Ragged, rows: np.ndarray, lengths: np.ndarray) -> Tensor:
         place = torch.arange(max(int(lengths.max()), 1), device=self.device)[None]

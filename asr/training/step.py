@@ -96,7 +96,7 @@ class Losses(nn.Module):
         if views > 1:
             spread = divergence(log_probs, frames, batch.counts) / max(batch.token_count, 1)
             total = total + self.consistency_weight * spread
-        known = (batch.phone_lengths > 0).to(features.device)
+        known = batch.pronounced
         if said:
             total = total + self.teacher_weight * self._lesson(said, log_probs, auxiliary, frames, known, batch)
         for name in ("phones", "final phones"):
@@ -106,7 +106,8 @@ class Losses(nn.Module):
                     phone_loss = phone_loss + self.consistency_weight * divergence(auxiliary[name], frames, known)
                 if name == "final phones" and self.likely is not None and self.crf_weight:
                     all_said = log_partition(auxiliary[name], frames, self.likely)
-                    phone_loss = phone_loss + self.crf_weight * torch.where(known, all_said, 0.0).sum()
+                    fitting = known & (_least_frames(batch.phones, batch.phone_lengths) <= frames)  # else CTC is 0
+                    phone_loss = phone_loss + self.crf_weight * torch.where(fitting, all_said, 0.0).sum()
                 total = total + self.phone_weight * phone_loss / max(batch.phone_count, 1)
         if "states" in auxiliary and self.alignment_weight:
             states = auxiliary["states"].float().transpose(1, 2)
@@ -143,6 +144,13 @@ def ctc(log_probs: Tensor, frames: Tensor, targets: Tensor, target_lengths: Tens
         log_probs.float().transpose(0, 1), targets, frames, target_lengths, reduction="none", zero_infinity=True
     )
     return torch.where(counts, losses, 0.0).sum()
+
+
+def _least_frames(targets: Tensor, lengths: Tensor) -> Tensor:
+    """How many frames CTC needs at the least: (batch, longest), (batch,) -> (batch,), equal neighbours being parted."""
+    place = torch.arange(1, targets.shape[1], device=targets.device)
+    lengths = lengths.to(targets.device)
+    return lengths + ((targets[:, 1:] == targets[:, :-1]) & (place < lengths[:, None])).sum(1)
 
 
 def divergence(log_probs: Tensor, frames: Tensor, counts: Tensor) -> Tensor:

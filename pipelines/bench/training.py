@@ -116,6 +116,7 @@ def _batch(network: Network, rows: int) -> Batch:
         tokens=torch.randint(1, len(network.tokenizer), (rows, 100)), token_lengths=torch.full((rows,), 100),
         counts=torch.ones(rows, dtype=torch.bool),
         phones=torch.zeros(rows, 1, dtype=torch.long), phone_lengths=torch.zeros(rows, dtype=torch.long),
+        pronounced=torch.zeros(rows, dtype=torch.bool),
         hidden_frames=torch.zeros(rows, longest // hop, dtype=torch.bool),
         hidden_bands=torch.zeros(rows, network.config.features.bands, dtype=torch.bool),
         states=torch.full((rows, longest // stride), -1), token_count=rows * 100, phone_count=0, state_count=0,
