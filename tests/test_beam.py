@@ -371,6 +371,24 @@ def test_words_stay_apart_where_a_segment_without_end_is_written_down(
     assert all(span.start_frame <= span.end_frame for span in shown)
 
 
+@pytest.mark.parametrize("shift", range(5))
+def test_of_a_word_that_goes_on_nothing_is_written_down(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also not letters without length: "through" has seven in three frames."""
+    monkeypatch.setattr(beam_module, "_COMMIT_FRAMES", 20)
+    monkeypatch.setattr(beam_module, "_LOOKBACK_FRAMES", 5)
+    model = estimate(["go through go through go through"] * 9, order=2)
+    tokens, phones = ("<blank>", " ", *"ghortu"), ("<blank>", "G", "OW", "TH", "R", "UW")
+    said = Pronunciations.of([("go", "G OW"), ("through", "TH R UW")], model.lexicon)
+    config = BeamConfig(prior_weight=0.0)
+    decoder = BeamSearch(Automaton(model), model.lexicon, tokens, config, phones, said)()
+    heard = np.full((40 + shift, len(tokens) + len(phones)), -8.0, np.float32)
+    heard[:, 0] = -0.01
+    path = ["<blank>"] * shift + ["G", "OW", "TH", "R", "UW"] * 8
+    heard[np.arange(len(path)), [len(tokens) + phones.index(phone) for phone in path]] = -0.01
+    decoder.accept(heard)
+    assert text(decoder.tokens(), tokens) == " ".join(["go through"] * 8)
+
+
 def test_a_word_is_shown_once_its_last_phone_is_heard() -> None:
     heard = both("to_n_t_n_____", "T UW UW _ _ _ B _ IY _ _ _ _", 0.9)
     decoder, shown, tokens = phone_search()(), [], (*TOKENS, "w")
@@ -400,10 +418,24 @@ def test_a_word_without_pronunciation_is_still_found_by_its_letters() -> None:
     assert text(decoder.finish()[0].tokens, (*TOKENS, "w")) == "to be"  # "be" is not in SAID
 
 
+def test_where_the_letters_hear_silence_the_phones_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    search, noise = phone_search(phone_share=0.85), both("________", "T UW _ _ _ _ _ _", 0.9)
+
+    def found(log_probs: np.ndarray) -> str:
+        decoder = search()
+        decoder.accept(log_probs)
+        return text(decoder.finish()[0].tokens, (*TOKENS, "w"))
+
+    assert found(noise) == ""
+    assert found(both("to______", "T UW _ _ _ _ _ _", 0.9)) == "to"
+    monkeypatch.setattr(beam_module, "_SPELLED", -math.inf)
+    assert found(noise) == "to"
+
+
 def test_a_second_reading_counts_as_much_as_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     search, tokens = phone_search(phone_share=0.5), (*TOKENS, "w")
     said = "T UW _ _ _ _ _ _"
-    once, again = both("to______", said, 0.5), both("two_____", said, 0.9)
+    once, again = both("to______", said, 0.7), both("two_____", said, 0.98)
 
     def found(other: np.ndarray | None = None) -> Hypothesis:
         decoder = search()

@@ -82,7 +82,7 @@ def test_what_cannot_be_is_refused_by_name(lm: LanguageModel, hot_words: dict[st
 
 def test_a_list_is_read_line_by_line(tmp_path: Path) -> None:
     path = tmp_path / "hot.txt"
-    path.write_text("# people :1\nMister Quilter :3.5\n\nphoebe\n")
+    path.write_text("# people :1\n# places :note\nMister Quilter :3.5\n\nphoebe\n")
     assert read_hot_words(path) == {"Mister Quilter": 3.5, "phoebe": DEFAULT_BOOST}
     path.write_text("phoebe\nquilter :much\n")
     with pytest.raises(ConfigError, match="line 2: 'much'"):

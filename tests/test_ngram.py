@@ -328,7 +328,10 @@ def test_what_was_written_is_read_again(tmp_path: Path) -> None:
     assert (tmp_path / "lm.npz").read_bytes() == first
 
 
-@pytest.mark.parametrize(("old", "new"), [("", ""), ("\n", "\r\n"), ("\t", " "), ("\\end", "\\4-grams:\n\n\\end")])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("", ""), ("\n", "\r\n"), ("\t", " "), ("\\end", "\\4-grams:\n\n\\end"), ("=", " = "), (":\n", ": \n")],
+)
 def test_arpa_files_of_other_programs_are_read(tmp_path: Path, old: str, new: str) -> None:
     """Without <unk>, in any order, with an n-gram whose end was pruned away, with no n-grams of the highest order."""
     text = (

@@ -37,6 +37,7 @@ _HEARD = 0.1  # exponent of the tokens' probabilities in a word's confidence: ma
 _LETTERS_SHARE = 16  # of the hypotheses, one in so many is by letters where words without a pronunciation want it
 _CANDIDATES = 40  # of each search, that are weighed by tokens and phones
 _SILENCE = 4.0  # natural log: a text must be so much likelier than that nobody spoke; noises sound like short words
+_SPELLED = 6.0  # likewise by the tokens alone: phones may have been taught no silence (9 at the least in single words)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -213,20 +214,26 @@ class BeamSearch:
             texts: numbers of words.
         """
         config, lengths = self.config, np.array([len(words) for words in texts])
-        heard = np.mean([self._heard(log_probs + self.offsets, texts) for log_probs in readings], axis=0)
+        heard = self._heard([log_probs + self.offsets for log_probs in readings], texts)
         factor, more = _ONCE if self._said and len(readings) == 1 else (1.0, 0.0)
         total = heard + factor * config.lm_weight * self._language(texts) + (config.word_score + more) * lengths
         return dict(zip(texts, total.tolist(), strict=True))
 
-    def _heard(self, log_probs: np.ndarray, texts: Sequence[tuple[int, ...]]) -> np.ndarray:
-        """The log-likelihood of texts by tokens, and by phones where there are any."""
-        share = self.config.phone_share if self._said else 0.0
+    def _heard(self, readings: Sequence[np.ndarray], texts: Sequence[tuple[int, ...]]) -> np.ndarray:
+        """The log-likelihood of texts by tokens, and by phones where there are any; none where tokens hear silence."""
+        share, vocabulary = self.config.phone_share if self._said else 0.0, self.vocab_size
         heard = np.zeros(len(texts))
-        if share < 1:
-            spelled = [self.spelling(words) for words in texts]
-            heard += (1 - share) * log_likelihoods(log_probs[:, : self.vocab_size], spelled)
         if self._said and share > 0:
-            heard += share * self._said.log_likelihoods(log_probs[:, self.vocab_size :], texts)
+            by_phones = [self._said.log_likelihoods(reading[:, vocabulary:], texts) for reading in readings]
+            heard += share * np.mean(by_phones, axis=0)
+        if share < 1:
+            spellings = [self.spelling(words) for words in texts]
+            spelled = np.mean([log_likelihoods(reading[:, :vocabulary], spellings) for reading in readings], axis=0)
+            heard += (1 - share) * spelled
+            nothing = [i for i, words in enumerate(texts) if not words]
+            silent = spelled < spelled[nothing].max(initial=-np.inf) + _SPELLED
+            silent[nothing] = False
+            heard[silent] = -np.inf
         return heard
 
     def _language(self, texts: Sequence[tuple[int, ...]]) -> np.ndarray:
@@ -403,12 +410,12 @@ class BeamDecoder:
         latest, space = self._first + self._frames - _LOOKBACK_FRAMES, self._search.space
         spans = self.pending()
         if self._search.by_sound:  # which has no spaces but between words
-            ends = [span.start_frame for span in spans if span.token == space]
-            ends += [span.end_frame for span in spans[-1:]]
-            done = max((end for end in ends if end <= latest), default=self._first)
-            cut = min([latest, *(s.start_frame for s in spans if s.token != space and s.start_frame >= done)])
+            spaces = [i for i, span in enumerate(spans) if span.token == space and span.start_frame <= latest]
+            whole = spans and spans[-1].end_frame <= latest
+            sure = len(spans) if whole else spaces[-1] if spaces else 0  # spans of words that have ended
+            cut = min([latest, *(span.start_frame for span in spans[sure:] if span.token != space)])
             cut = cut if cut > self._first else latest
-            self.written += [span for span in spans if span.end_frame <= done]
+            self.written += spans[:sure]
             if self.written and self.written[-1].token != space:
                 self.written.append(TokenSpan(space, self.written[-1].end_frame, cut, 1.0))
         else:

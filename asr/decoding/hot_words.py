@@ -24,13 +24,15 @@ def read_hot_words(path: str | Path) -> dict[str, float]:
         raise ConfigError(f"{path}: not a readable list of hot words ({error})") from error
     found: dict[str, float] = {}
     for number, line in enumerate(lines, 1):
+        if line.startswith("#"):
+            continue
         phrase, colon, boost = line.rpartition(" :")
         phrase, boost = (phrase, boost) if colon else (line, str(DEFAULT_BOOST))
         try:
             value = float(boost)
         except ValueError:
             raise ConfigError(f"{path}, line {number}: {boost!r} is no boost; write `phrase :5.0`") from None
-        if phrase.strip() and not line.startswith("#"):
+        if phrase.strip():
             found[phrase.strip()] = value
     return found
 

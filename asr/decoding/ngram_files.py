@@ -105,8 +105,9 @@ def _unpack(
 def _read_arpa(path: Path, most: int | None) -> NgramModel:
     content = path.read_bytes()
     text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode().replace("\r\n", "\n")
-    sections = re.split(r"^\\(\d+)-grams:$", text, flags=re.MULTILINE)
-    counts = [int(count) for count in re.findall(r"^ngram \d+=(\d+)$", sections[0], flags=re.MULTILINE)]
+    sections = re.split(r"^\\(\d+)-grams:[ \t]*$", text, flags=re.MULTILINE)
+    told = re.findall(r"^ngram[ \t]+(\d+)[ \t]*=[ \t]*(\d+)[ \t]*$", sections[0], flags=re.MULTILINE)
+    counts = {int(order): int(count) for order, count in told}
     if "\\data\\" not in sections[0] or "\\end\\" not in text or not counts:
         raise ValueError("no ARPA file, or not a whole one")
     words: tuple[str, ...] = ()
@@ -114,8 +115,8 @@ def _read_arpa(path: Path, most: int | None) -> NgramModel:
     ids: dict[str, int] = {}
     for n, body in itertools.islice(zip(map(int, sections[1::2]), sections[2::2], strict=True), most):
         rows = [line.replace("\t", " ").split(" ") for line in body.split("\\end\\")[0].splitlines() if line]
-        if len(rows) != counts[n - 1]:
-            raise ValueError(f"{len(rows)} of {counts[n - 1]} {n}-grams")
+        if len(rows) != counts.get(n):
+            raise ValueError(f"{len(rows)} of {counts.get(n, 'unknown')} {n}-grams")
         if not rows:
             break
         if n == 1:
