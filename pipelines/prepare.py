@@ -20,8 +20,9 @@ import numpy as np
 from asr.audio import SAMPLE_RATE
 from asr.config import FeatureConfig
 from asr.errors import AsrError, ConfigError, ManifestError, Problem
-from asr.lexicon import phones_of
+from asr.lexicon import check_english
 from asr.manifest import TEXT_NAMES, Utterance, names_in
+from asr.text import normalize
 from asr.training.shards import VERSION, Statistics
 from pipelines.progress import meter
 from pipelines.report_data import data_report
@@ -31,6 +32,7 @@ from pipelines.storage import Store, is_remote, read_any_manifest
 STORES = ("audio", "features")
 LEXICONS = (None, "cmudict")
 _log = logging.getLogger("asr")
+_MOST_KNOWN = 0.8  # share of words in the dictionary of pronunciations, below which it is told
 _TASK_DEATHS = 5  # of one shard's task, before the job gives up: nodes do get lost, but not that often
 
 
@@ -95,9 +97,6 @@ def prepare(
         raise ConfigError(f"max_errors {max_errors}: must be 0 or more")
     if not manifests:
         raise ManifestError("no manifest was given")
-    if lexicon:
-        phones_of("")  # a missing package is found here, not in every task
-
     folder = Store(str(out))
     sources: list[_Source] = []
     count = 0
@@ -105,6 +104,8 @@ def prepare(
         rows, unread = read_any_manifest(manifest)
         if all(row.text is None for row in rows):
             _log.warning("%s: %s", manifest, _without_texts(manifest, len(rows)))
+        if lexicon and (known := check_english(manifest, (normalize(row.text or "") for row in rows))) < _MOST_KNOWN:
+            _log.warning("%s: the dictionary of pronunciations has %.0f %% of its words", manifest, 100 * known)
         jobs = shard_jobs(manifest, rows, folder.folder, count, store, lexicon, shard_seconds)
         count += len(jobs)
         sources.append(_Source(manifest, jobs, unread))

@@ -87,7 +87,8 @@ def _spread(values: np.ndarray) -> str:
 
 def _kind(reason: str) -> str:
     """The reason without the names and figures of its row, so that like ones count together."""
-    reason = re.sub(r"^\S*[/\\]\S*: ", "", reason)
+    reason = re.sub(r"^(\S*[/\\]\S*|[^:]*[/\\][^:]*\.\w{1,5}): ", "", reason)
+    reason = re.sub(r"\bfile:.*?\.\w{1,5}: ", "", reason)  # ffmpeg says it once more
     reason = re.sub(r"'[^']*'|\"[^\"]*\"", "'…'", reason)
     return re.sub(r"-?\d+(\.\d+)?", "#", reason)
 

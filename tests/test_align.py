@@ -70,6 +70,12 @@ def aligned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[s
     return folder, truth
 
 
+def test_what_is_not_english_is_refused(tmp_path: Path) -> None:
+    folder = write_corpus(tmp_path / "d", rows=0, extra=[row("a", "übermorgen fährt keine straßenbahn", np.zeros(16_000))])
+    with pytest.raises(ConfigError, match=r"has \d+% of its words, so it is hardly English: prepare it without"):
+        align(folder)
+
+
 def test_the_phones_are_found_where_they_are(aligned: tuple[Path, list[list[str]]]) -> None:
     folder, truth = aligned
     dataset = ShardDataset(folder)

@@ -184,8 +184,7 @@ def test_kaldi_without_segments(tmp_path):
     assert [str(p) for p in problems] == [f"{tmp_path}/wav.scp:3: a is there already"]
     lines(tmp_path / "text", "b bee")
     utterances, problems = read_manifest(tmp_path)
-    assert [(u.id, u.text) for u in utterances] == [("b", "bee")]
-    assert "utterance a has no line" in problems[-1].reason
+    assert [(u.id, u.text) for u in utterances] == [("a", None), ("b", "bee")]  # it may be there to be recognized
 
 
 @pytest.mark.parametrize("segment", ["a r", "a r x 1", "a r 2 1", "a r -3 1", "a r 1 1", "a r nan 1"])

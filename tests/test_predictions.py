@@ -94,12 +94,35 @@ def test_a_bad_row_is_one_line_in_the_report(tmp_path: Path, capsys: pytest.Capt
     assert [problem["where"] for problem in listed] == [f"{manifest}:{line}" for line in (6, 2, 3)]
     assert "no such file" in listed[1]["reason"]
     capsys.readouterr()
-    assert run(manifest, "-o", tmp_path / "out") == 1  # told again, not tried again
+    assert run(manifest, "-o", tmp_path / "out") == 1  # tried again, and told
     assert predictions(tmp_path / "out" / "skipped.jsonl") == listed
     assert "0 transcribed, 3 there already" in capsys.readouterr().err
     write(tmp_path / "audio" / "none.wav", "here")
     assert run(manifest, "-o", tmp_path / "out", "--overwrite") == 1
     assert [row["pred_text"] for row in predictions(tmp_path / "out" / "test.pred.jsonl")][1] == "here"
+
+
+def test_what_failed_of_other_inputs_stays_listed(tmp_path: Path) -> None:
+    out, listed = tmp_path / "out", tmp_path / "out" / "skipped.jsonl"
+    first, second = manifest_of(tmp_path, 3, "a.jsonl"), manifest_of(tmp_path, 3, "b.jsonl")
+    for manifest in (first, second):
+        manifest.write_text(manifest.read_text() + "no JSON\n")
+    bad = tmp_path / "bad.wav"
+    bad.write_bytes(b"not audio at all")
+    for given, wanted in (
+        (first, {f"{first}:4"}),
+        (second, {f"{first}:4", f"{second}:4"}),
+        (bad, {f"{first}:4", f"{second}:4", str(bad)}),
+    ):
+        assert run(given, "-o", out) == 1
+        assert {row["where"] for row in predictions(listed)} == wanted
+    for manifest in (first, second):
+        manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:-1]))
+    write(bad, "good")
+    assert run(first, "-o", out) == 0
+    assert {row["where"] for row in predictions(listed)} == {f"{second}:4", str(bad)}
+    assert run(second, bad, "-o", out) == 0
+    assert not listed.exists()
 
 
 def test_parts_of_a_recording_are_read_alone(tmp_path: Path) -> None:

@@ -52,7 +52,10 @@ def test_shards_are_counted_together() -> None:
 def test_reasons_are_counted_by_kind() -> None:
     skipped = [Problem(f"m.jsonl:{i}", f"/data/{i}.wav: no such file") for i in range(7)]
     skipped += [Problem("m.jsonl:9", "/data/9.wav: 3.20 s of audio, the manifest says 9.00 s")]
+    named = [f"/my recordings 1/{name} 2.wav" for name in "abc"]
+    skipped += [Problem("m.jsonl:10", f"{name}: not audio; ffmpeg says: file:{name}: Invalid data") for name in named]
     page = data_report("x", [report()], STATISTICS, skipped)
+    assert re.search(r"<th>not audio; ffmpeg says: Invalid data</th><td[^>]*>3<", page)
     assert re.search(r"<th>no such file</th><td[^>]*>7<", page)
     assert "# s of audio, the manifest says # s" in page
 

@@ -60,3 +60,13 @@ def test_a_vocabulary_without_blank_is_refused(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path / "tokens.txt")
     with pytest.raises(TextError, match=r"missing\.txt"):
         Tokenizer.load(tmp_path / "missing.txt")
+
+
+def test_accents_that_stand_alone_are_apostrophes_or_nothing() -> None:
+    assert normalize("Wie geht´s? L´été, ¨Hallo¨ ¸ ˘") == "wie geht's l'été hallo"
+    assert normalize("a´") == "a"
+
+
+def test_signs_are_no_tags() -> None:
+    assert normalize("wenn a < b, dann ist b > a") == "wenn a b dann ist b a"
+    assert normalize("so <unk> and <b>bold</b> <x> text") == "so and bold text"

@@ -16,7 +16,7 @@ import torchaudio
 from asr.config import FeatureConfig
 from asr.errors import ConfigError
 from asr.features import LogMel
-from asr.lexicon import phones_of
+from asr.lexicon import check_english, phones_of
 from asr.training.shards import LABEL_SAMPLES, STATES, ShardDataset, write_alignment
 
 SILENCE = "<silence>"
@@ -42,12 +42,13 @@ def align(folder: str | Path, told: Told = lambda line: None) -> float:
         an utterance that would take too much memory.
 
     Raises:
-        ConfigError: no prepared data, or none that can be aligned.
+        ConfigError: no prepared data, none that can be aligned, or texts that are not English.
     """
     dataset = ShardDataset(folder, aligned=False)
     if dataset.info["store"] != "audio":
         raise ConfigError(f"{folder}: holds features alone; alignment needs audio: `asr prepare --store audio`")
     rows = range(len(dataset))
+    check_english(str(folder), dataset.texts)
     names = sorted({p for text in set(dataset.texts) for p in phones_of(text).split()})
     phones = {name: i for i, name in enumerate((SILENCE, *names))}
     graphs = [_Graph(text, phones) for text in dataset.texts]

@@ -1,12 +1,14 @@
 """The commands that recognize: transcribe, stream, bench."""
 
 import json
+import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from os.path import abspath
 from pathlib import Path
 from typing import Annotated
 
@@ -88,7 +90,7 @@ def transcribe(
     options = recognizer_options(model, decoding, engine, precision, threads, rule, **search)
     if nbest is not None and format != "json":
         raise typer.BadParameter("--nbest: alternatives are written with --format json")
-    from pipelines.formats import JOINABLE, check_writable, write_text
+    from pipelines.formats import JOINABLE, check_writable
     from pipelines.predictions import is_manifest
     from pipelines.transcribe import transcribe as run
 
@@ -127,11 +129,8 @@ def transcribe(
                 done += 1
             if output_dir is None:  # of a row that cannot be read the reason, in its place
                 print(result.text, end="", flush=True)
-    if output_dir is not None and problems:
-        lines = [json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems]
-        write_text(output_dir / "skipped.jsonl", "".join(lines))
-    elif output_dir is not None:
-        (output_dir / "skipped.jsonl").unlink(missing_ok=True)
+    if output_dir is not None:
+        _list_skipped(output_dir / "skipped.jsonl", recordings, problems)
     if output_dir is not None or done + len(problems) > 1:
         kept_too = f", {kept} there already (--overwrite does them again)" if kept else ""
         tell(f"{done} transcribed{kept_too}, {len(problems)} failed")
@@ -147,6 +146,21 @@ def _standard_input() -> Iterator[list[Path]]:
         with open(Path(folder) / "stdin", "wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
         yield [Path(file.name)]
+
+
+def _list_skipped(path: Path, inputs: Sequence[Path], problems: Sequence[Problem]) -> None:
+    """List what failed, beside what failed of other inputs in earlier commands."""
+    from pipelines.formats import write_text
+
+    mine = tuple(f"{start}{mark}" for each in inputs for start in {str(each), abspath(each)} for mark in (":", os.sep))
+    named = {str(each) for each in inputs}
+    old = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if path.is_file() else []
+    lines = [line for line in old if (where := json.loads(line)["where"]) not in named and not where.startswith(mine)]
+    lines += [json.dumps(asdict(problem), ensure_ascii=False) for problem in problems]
+    if lines:
+        write_text(path, "".join(f"{line}\n" for line in lines))
+    else:
+        path.unlink(missing_ok=True)
 
 
 @app.command(rich_help_panel=RECOGNIZE)
