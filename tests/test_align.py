@@ -71,7 +71,7 @@ def aligned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[s
 
 
 def test_what_is_not_english_is_refused(tmp_path: Path) -> None:
-    folder = write_corpus(tmp_path / "d", rows=0, extra=[row("a", "übermorgen fährt keine straßenbahn", np.zeros(16_000))])
+    folder = write_corpus(tmp_path / "d", rows=0, extra=[row("a", "übermorgen fährt die straßenbahn", np.zeros(9))])
     with pytest.raises(ConfigError, match=r"has \d+% of its words, so it is hardly English: prepare it without"):
         align(folder)
 
