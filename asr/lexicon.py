@@ -57,7 +57,7 @@ def check_english(where: str, texts: Iterable[str]) -> float:
     """
     known = _pronunciations()
     words = [word for text in texts for word in text.split()]
-    share = sum(word in known for word in words) / max(len(words), 1) if words else 1.0
+    share = sum(word in known for word in words) / len(words) if words else 1.0
     if share < _LEAST_KNOWN:
         raise ConfigError(
             f"{where}: the dictionary of pronunciations has {share:.0%} of its words, so it is hardly English: "

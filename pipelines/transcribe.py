@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from os.path import realpath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -287,11 +286,8 @@ def _is_finished(task: _Task) -> bool:
 
 def _check_references(todo: Sequence[_Task]) -> None:
     """Raise AsrError where a text that lies beside its recording would be replaced: it may be what was really said."""
-    beside = [
-        task
-        for task in todo
-        if task.target and task.target.exists() and realpath(task.target.parent) == realpath(task.audio.parent)
-    ]
+    real = os.path.realpath
+    beside = [t for t in todo if t.target and t.target.exists() and real(t.target.parent) == real(t.audio.parent)]
     if beside:
         first = beside[0]
         raise AsrError(

@@ -369,7 +369,7 @@ class Loader:
                 lengths[i] = len(samples) + 2 * EDGE_SAMPLES
             if not idle:
                 heard = int(lengths[i]) // self.stride
-                states[i, :heard] = self._silence(heard) if silent else self._states_at(row, speed, heard, lead)
+                states[i, :heard] = self._states_at(row, speed, heard, lead, silent)
             if self.augment:
                 n = int(lengths[i]) // self.hop
                 for view in range(views):
@@ -388,12 +388,7 @@ class Loader:
             counts=torch.full((len(mine),), not idle),
             phones=phones,
             phone_lengths=phone_lengths,
-            pronounced=torch.tensor(
-                [
-                    not idle and bool(corpus.phones) and (silent or len(corpus.phone_ids[row]) > 0)
-                    for row, _, _, silent in mine
-                ]
-            ),
+            pronounced=(phone_lengths > 0) | torch.tensor([s and not idle and bool(corpus.phones) for *_, s in mine]),
             hidden_frames=torch.from_numpy(hidden_frames).flatten(0, 1),
             hidden_bands=torch.from_numpy(hidden_bands).flatten(0, 1),
             states=torch.from_numpy(states),
@@ -402,17 +397,15 @@ class Loader:
             state_count=plan.output_frames(corpus.n_samples, self.stride),
         )
 
-    def _silence(self, frames: int) -> np.ndarray:
-        return np.full(frames, self.corpus.silence if self.corpus.state_count else UNKNOWN)
-
-    def _states_at(self, row: int, speed: float, frames: int, lead: int) -> np.ndarray:
-        """The phone state that each output frame of an utterance should name: (frames,) int64."""
+    def _states_at(self, row: int, speed: float, frames: int, lead: int, silent: bool) -> np.ndarray:
+        """The phone state that each output frame of an utterance, or of silence, should name: (frames,) int64."""
+        if silent:
+            return np.full(frames, self.corpus.silence if self.corpus.state_count else UNKNOWN)
         known = self.corpus.states(row)
         if not len(known):
             return np.full(frames, UNKNOWN)
-        position = (
-            (np.arange(frames) - self.delay) * self.stride - EDGE_SAMPLES - lead
-        )  # of its middle, in changed audio
+        # of its middle, in changed audio
+        position = (np.arange(frames) - self.delay) * self.stride - EDGE_SAMPLES - lead
         labels = np.floor(position * speed / LABEL_SAMPLES).astype(np.int64)
         inside = (labels >= 0) & (labels < len(known))
         return np.where(inside, known[labels.clip(0, len(known) - 1)], self.corpus.silence)

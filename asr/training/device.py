@@ -107,7 +107,7 @@ class DeviceLoader(Loader):
             counts=torch.full((len(rows),), not idle, device=device),
             phones=self._targets(self.spoken, rows, of_phones),
             phone_lengths=torch.from_numpy(of_phones),
-            pronounced=put((not idle and bool(corpus.phones)) & (silent | (of_phones > 0))),
+            pronounced=put((of_phones > 0) | (silent & (not idle and bool(corpus.phones)))),
             hidden_frames=hidden_frames,
             hidden_bands=hidden_bands,
             states=states,
@@ -219,7 +219,7 @@ class DeviceLoader(Loader):
         silent: np.ndarray,
         samples: int,
     ) -> Tensor:
-        """As Loader._states_at, or of silent rows silence, of all rows: (rows, output frames) int64."""
+        """As Loader._states_at, of all rows: (rows, output frames) int64."""
         put = self._put
         time = torch.arange(samples // self.stride, device=self.device)[None]
         position = (time - self.delay) * self.stride - EDGE_SAMPLES - put(leads)[:, None]

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
-from os.path import abspath
 from pathlib import Path
 from typing import Annotated
 
@@ -152,7 +151,9 @@ def _list_skipped(path: Path, inputs: Sequence[Path], problems: Sequence[Problem
     """List what failed, beside what failed of other inputs in earlier commands."""
     from pipelines.formats import write_text
 
-    mine = tuple(f"{start}{mark}" for each in inputs for start in {str(each), abspath(each)} for mark in (":", os.sep))
+    mine = tuple(
+        f"{start}{mark}" for each in inputs for start in {str(each), os.path.abspath(each)} for mark in (":", os.sep)
+    )
     named = {str(each) for each in inputs}
     old = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if path.is_file() else []
     lines = [line for line in old if (where := json.loads(line)["where"]) not in named and not where.startswith(mine)]
