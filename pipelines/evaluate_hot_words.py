@@ -12,20 +12,22 @@ from asr.text import normalize
 class HotWordScore:
     """Counts over utterances; `said` and `found` count hot phrases, `false_alarms` those written where none was said.
 
-    `other_wer` is the word error rate of what is left when the words of hot phrases are taken out of both texts.
+    `other_wer` is the word error rate of what is left when the words of hot phrases are taken out of both texts; None
+    where nothing else was said.
     """
 
     listed: int
     said: int
     found: int
     false_alarms: int
-    other_wer: float
+    other_wer: float | None
 
     def __str__(self) -> str:
         share = f" ({self.found / self.said:.1%})" if self.said else ""
+        others = "is not defined, as none was said" if self.other_wer is None else f"{self.other_wer:.2%}"
         return (
             f"hot words: {self.listed} listed; {self.said} times said, {self.found} found{share}, "
-            f"{self.false_alarms} false alarms; WER of the other words {self.other_wer:.2%}"
+            f"{self.false_alarms} false alarms; WER of the other words {others}"
         )
 
     def figures(self) -> dict[str, Any]:
@@ -47,7 +49,8 @@ def score_hot_words(texts: Sequence[tuple[str, str]], hot_words: Iterable[str]) 
         found += sum(min(wanted.count(phrase), got.count(phrase)) for phrase in set(wanted))
         others.append((reference_rest, hypothesis_rest))
     counts = sum((count_errors(*pair) for pair in others), start=ErrorCounts())
-    return HotWordScore(listed=len(phrases), said=said, found=found, false_alarms=written - found, other_wer=counts.wer)
+    wer = counts.wer if counts.words else None
+    return HotWordScore(listed=len(phrases), said=said, found=found, false_alarms=written - found, other_wer=wer)
 
 
 def _taken_out(text: str, phrases: Sequence[tuple[str, ...]]) -> tuple[list[tuple[str, ...]], str]:

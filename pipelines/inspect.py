@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,9 @@ def inspect(
         if not path.absolute().parent.is_dir():
             raise ConfigError(f"{path}: its folder does not exist")
     folders = [find_network(model, streaming) for model in models]
-    if len({folder.name for folder in folders}) > 1 and not streaming:  # compared are networks of one kind
-        folders = [find_network(model, True) for model in models]
+    if len({folder.name for folder in folders}) > 1:  # compared are networks of one kind, where there are
+        with suppress(ModelError):
+            folders = [find_network(model, True) for model in models]
     samples = read_audio(audio, offset=start, duration=min(duration or np.inf, LONGEST + 1))
     if len(samples) > LONGEST * SAMPLE_RATE:
         raise AudioError(f"{audio}: longer than {LONGEST:.0f} s; choose a part with --start and --duration")

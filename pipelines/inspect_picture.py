@@ -1,5 +1,7 @@
 """The picture of `asr inspect`: spectrogram, words, where the network looks, and its gates, on one time axis."""
 
+import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +39,12 @@ def draw(seen: Sequence["Seen"], path: Path) -> None:
     for one, column in zip(seen, grid.T, strict=True):
         _column(one, list(column))
     figure.supxlabel(_KEY, fontsize=9)
-    figure.savefig(path, format="png", dpi=90, pil_kwargs={"optimize": True})
+    with warnings.catch_warnings(record=True) as told:
+        figure.savefig(path, format="png", dpi=90, pil_kwargs={"optimize": True})
+    if any("missing from font" in str(warning.message) for warning in told):
+        print(
+            f"{path}: the font of pictures lacks some letters of these words; a page (.html) has all", file=sys.stderr
+        )
     plt.close(figure)
 
 

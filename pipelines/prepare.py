@@ -11,6 +11,7 @@ import pickle
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -109,10 +110,25 @@ def prepare(
         jobs = shard_jobs(manifest, rows, folder.folder, count, store, lexicon, shard_seconds)
         count += len(jobs)
         sources.append(_Source(manifest, jobs, unread))
-    all_jobs = [job for source in sources for job in source.jobs]
 
+    with ExitStack() as held:
+        with writing(folder.folder):
+            held.enter_context(folder.held())
+        return _prepare(folder, str(out), sources, workers, store, address, max_errors)
+
+
+def _prepare(
+    folder: Store,
+    out: str,
+    sources: list[_Source],
+    workers: int,
+    store: str,
+    address: str | None,
+    max_errors: int | None,
+) -> Summary:
+    """Make the shards that are not there yet, and of all a data set."""
+    all_jobs = [job for source in sources for job in source.jobs]
     with writing(folder.folder):
-        folder.create()
         names = folder.names()
         reports = {
             job.name: report for job in all_jobs if job.name in names and (report := finished_report(job, folder))
@@ -133,7 +149,7 @@ def prepare(
                 if max_errors is not None and bad > max_errors:
                     raise _too_many(sources, reports, max_errors, folder)
     with writing(folder.folder):
-        return _assemble(folder, str(out), sources, reports, store, reused=reused)
+        return _assemble(folder, out, sources, reports, store, reused=reused)
 
 
 def shard_jobs(

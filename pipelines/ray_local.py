@@ -74,8 +74,7 @@ def start(address: str | None = None, cpus: int | None = None) -> Iterator[Modul
         parent = os.environ.get("RAY_TMPDIR", "/tmp")
         _remove_what_killed_jobs_left(parent)
         folder = tempfile.mkdtemp(prefix="asr-ray-", dir=parent)
-        lock = _lock(folder)
-        try:
+        with _lock(folder):
             try:
                 ray.init(
                     address="local",
@@ -87,15 +86,16 @@ def start(address: str | None = None, cpus: int | None = None) -> Iterator[Modul
                     _temp_dir=folder,
                 )
             except Exception as error:
+                # What of it did start writes there until this process ends: the next job removes the folder.
                 reason = str(error).strip().split("\n")[0]
                 raise AsrError(
                     f"Ray did not start here: {reason}; the machine may be too busy: try again, or use --workers 0"
                 ) from error
-            yield ray
-        finally:
-            ray.shutdown()
-            shutil.rmtree(folder, ignore_errors=True)
-            lock.close()
+            try:
+                yield ray
+            finally:
+                ray.shutdown()
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _lock(folder: str) -> IO[bytes]:

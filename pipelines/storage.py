@@ -4,18 +4,19 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path, PurePosixPath
 
 from pyarrow import ArrowInvalid, ArrowNotImplementedError, fs
 
-from asr.errors import AudioError, ConfigError, ManifestError, Problem
-from asr.files import write_atomically
+from asr.errors import AsrError, AudioError, ConfigError, ManifestError, Problem
+from asr.files import locked, write_atomically
 from asr.manifest import Utterance, read_manifest
 
 _DOWNLOADS = 16  # at a time
+_LOCK = ".lock"  # of a folder
 _BLOCK_BYTES = 1 << 20
 # Files of a manifest's folder that are read for the manifest; of the others only the names matter.
 _TEXTS = {"", ".txt", ".jsonl", ".json", ".gz", ".csv", ".tsv", ".scp"}
@@ -75,17 +76,30 @@ class Store:
         """The path or URL of a file."""
         return f"{self.folder}/{name}"
 
-    def create(self) -> None:
-        """Make the folder unless it is there; what a killed job left half written goes."""
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder unless it is there, and keep other jobs off it during the block (a remote one has no locks).
+
+        What a killed job left half written goes.
+
+        Raises:
+            AsrError: another job has it.
+        """
         self._files.create_dir(self._root, recursive=True)
-        for name in self.names():
-            if ".tmp-" in name:
-                self.remove(name)
+        lock = nullcontext() if is_remote(self.folder) else locked(Path(self._root, _LOCK), self._taken)
+        with lock:
+            for name in self.names():
+                if ".tmp-" in name:
+                    self.remove(name)
+            yield
+
+    def _taken(self, owner: str) -> AsrError:
+        return AsrError(f"{self.folder}: another `asr prepare` (process {owner}) is writing it; wait for its end")
 
     def names(self) -> list[str]:
         """The files in it, sorted."""
         found = self._files.get_file_info(fs.FileSelector(self._root, allow_not_found=True))
-        return sorted(info.base_name for info in found if info.type == fs.FileType.File)
+        return sorted(i.base_name for i in found if i.type == fs.FileType.File and i.base_name != _LOCK)
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where it is missing."""

@@ -55,6 +55,16 @@ def test_parts_take_turns_and_figures_are_medians(clock: list[float]) -> None:
     assert (fast.value, fast.low, fast.high, fast.ratio, fast.of_limit) == (12.0, 12.0, 24.0, 3.0, 0.25)
 
 
+def test_of_an_even_number_of_rounds_values_and_ratio_say_the_same(clock: list[float]) -> None:
+    durations = {"one": iter([9.0, 1.0, 5.0]), "other": iter([9.0, 2.0, 3.0])}
+
+    def part(name: str) -> None:
+        clock[0] += next(durations[name])
+
+    one, other = interleaved("s", "x", 6.0, {name: lambda name=name: part(name) for name in durations}, 2)
+    assert (one.value, other.value, other.ratio) == (2.0, 2.4, 1.2)
+
+
 def test_microseconds_a_unit(clock: list[float]) -> None:
     def part() -> None:
         clock[0] += 0.5
@@ -82,11 +92,13 @@ def test_a_network_must_do_two_operations_for_each_weight_and_frame() -> None:
     network = load_network(find_networks(None)["offline"])
     work = work_of(network)
     lstm = sum(p.numel() for name, p in network.named_parameters() if ".weight_" in name)
-    assert work.weights == lstm
+    once_a_block = sum(p.numel() for name, p in network.named_parameters() if ".weight_ih" in name)
+    assert (work.weights, work.inputs) == (lstm - once_a_block, once_a_block)
     assert work.recurrent == 2 * lstm * 25  # frames a second
     limits = Limits(memory=1.0, cache=1e9, fp32=1e9, int8=4e9)
     assert work.seconds(limits, "int8") == pytest.approx(work.recurrent / 4e9 + work.others / 1e9)
-    assert work.seconds_alone(limits, "fp32", 25) == max(work.seconds(limits, "fp32"), 25 * lstm * 4 / 1e9)
+    read = 25 * (work.weights + work.inputs / 4) * 4
+    assert work.seconds_alone(limits, "fp32", 25, 4) == max(work.seconds(limits, "fp32"), read / 1e9)
 
 
 # sections

@@ -84,6 +84,8 @@ def test_a_list_is_read_line_by_line(tmp_path: Path) -> None:
     path = tmp_path / "hot.txt"
     path.write_text("# people :1\n# places :note\nMister Quilter :3.5\n\nphoebe\n")
     assert read_hot_words(path) == {"Mister Quilter": 3.5, "phoebe": DEFAULT_BOOST}
+    path.write_text("\ufeff# people\nphoebe\n", encoding="utf-8")  # as Notepad writes it
+    assert read_hot_words(path) == {"phoebe": DEFAULT_BOOST}
     path.write_text("phoebe\nquilter :much\n")
     with pytest.raises(ConfigError, match="line 2: 'much'"):
         read_hot_words(path)
@@ -96,3 +98,9 @@ def test_hot_words_are_counted_apart_from_the_others() -> None:
     score = score_hot_words(texts, ["Mister Quilter", "lemon", "tree"])
     assert (score.listed, score.said, score.found, score.false_alarms) == (3, 2, 2, 1)
     assert score.other_wer == pytest.approx(2 / 4)  # is/was; and melon, where lemon was said, is one too many
+
+
+def test_where_hot_words_alone_are_said_there_is_no_rate_of_the_others() -> None:
+    score = score_hot_words([("lemon", "the melon")], ["lemon"])
+    assert score.figures()["other_wer"] is None
+    assert "WER of the other words is not defined" in str(score)

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -309,6 +310,12 @@ def test_two_networks_side_by_side_and_one_layer_alone(model: Path, recording: P
     table = parquet.read_table(tmp_path / "both.parquet").to_pandas()
     assert set(table.layer) == {2}
     assert table.groupby("network", observed=True).z.count().tolist() == [0, 8 * table.frame.nunique()]
+
+    folders = [tmp_path / kind for kind in ("offline", "streaming")]  # two models with a network of a kind each
+    for folder in folders:
+        shutil.copytree(model / folder.name, folder / folder.name)
+    inspect_files(recording, [out], folders, streaming=False)
+    assert [panel["cell"] for panel in page_data(out)["panels"]] == ["lstm", "gru"]
 
 
 def test_silence_without_words_is_shown_too(model: Path, tmp_path: Path) -> None:

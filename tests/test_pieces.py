@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tones import write_corpus
@@ -56,7 +57,9 @@ def test_a_text_with_other_words_than_the_alignment_is_left_whole() -> None:
     assert pieces(labels, [2, 2, 2], 0.5) == [Piece(0, len(labels), 0, 3)]
 
 
-def test_a_corpus_reads_pieces_with_their_own_text_sound_and_states(tmp_path: Path) -> None:
+def test_a_corpus_reads_pieces_with_their_own_text_sound_and_states(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = write_corpus(tmp_path / "data", rows=12)
     dataset = ShardDataset(folder)
     names = sorted({phone for text in dataset.texts for phone in phones_of(text).split()})
@@ -78,3 +81,9 @@ def test_a_corpus_reads_pieces_with_their_own_text_sound_and_states(tmp_path: Pa
     states = np.concatenate([cut.states(i) for i in range(len(cut))])
     np.testing.assert_array_equal(states, np.concatenate([whole.states(i) for i in range(len(whole))]))
     assert all(len(cut.states(i)) == cut.n_samples[i] // 160 for i in range(len(cut)))
+
+    stored = np.arange(whole.n_samples[0] // 160 * 20, dtype=np.float16).reshape(-1, 20)
+    monkeypatch.setattr(ShardDataset, "features", lambda self, row: stored)
+    of_first = [i for i, (_, row, _) in enumerate(cut.where) if row == 0]
+    np.testing.assert_array_equal(np.concatenate([cut.features(i) for i in of_first]), stored)
+    assert [len(cut.features(i)) for i in of_first] == [cut.n_samples[i] // 160 for i in of_first]

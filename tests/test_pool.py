@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -148,3 +149,24 @@ def test_a_cluster_that_starts_no_worker_ends_the_job() -> None:
 def test_an_error_for_the_reader_ends_the_job() -> None:
     with pytest.raises(AsrError, match=r"^no orders$"):
         list(mapped(Ray(lambda answers: answers[0]), [["a"], [ORDER]], workers=2))
+
+
+def test_what_a_ray_that_did_not_start_left_behind_goes_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray", reason="needs the extra [train]")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def init(**given: Any) -> None:
+        (Path(given["_temp_dir"]) / "session").mkdir()
+        raise TimeoutError("busy")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(AsrError, match="Ray did not start here: busy"), ray_local.start(cpus=1):
+        pass
+    assert len(list(tmp_path.glob("asr-ray-*/session"))) == 1
+    monkeypatch.setattr(ray, "init", lambda **given: None)
+    with ray_local.start(cpus=1):
+        assert not list(tmp_path.glob("asr-ray-*/session"))
+    assert not list(tmp_path.iterdir())

@@ -61,7 +61,7 @@ def recordings(folder: Path, count: int, seconds: float = 0.5) -> list[dict]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
 
 
 def test_what_is_read_back_is_what_was_recorded(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from test_endpoint import RATE, noise, speech
 from asr.errors import ConfigError, ModelError
 from asr.recognizer import Recognizer
 from asr.runtime import load_engine as _load_engine
+from asr.runtime.folder import phones_at_output
 
 pytest.importorskip("torch", reason="needs the extra [train] to make a network")
 pytest.importorskip("onnx", reason="needs the extra [train] to export a network")
@@ -224,6 +225,13 @@ def test_damaged_files_are_named(model: Path) -> None:
         Recognizer.load(model, engine="torch").transcribe(speech(1), RATE)
     phones.unlink()
     config = model / "offline" / "config.toml"
+    told = config.read_text()
+    config.write_text(told.replace("phone_output = false", "phone_output = true"))
+    with pytest.raises(ModelError, match=r"phones.txt: missing or empty"):
+        phones_at_output(model / "offline")
+    config.write_text(told.partition("[model]")[0])
+    with pytest.raises(ModelError, match=r"config.toml: \[model\] is missing"):
+        Recognizer.load(model)
     config.write_text("format_version = ")
     with pytest.raises(ModelError, match=r"config.toml: not TOML"):
         Recognizer.load(model)

@@ -199,6 +199,13 @@ def test_a_wrong_start_is_named(server: Served, message: str, named: str) -> Non
     assert code in (1007, 1008)
 
 
+def test_a_setting_that_cannot_be_had_is_told_apart_from_a_broken_message(server: Served) -> None:
+    socket = dial(server.native)
+    socket.send('{"type": "start", "endpoint": {"trailing_silence": -1}}')
+    told, code = refusal(socket)
+    assert (told["code"], code) == ("bad_settings", 1008)
+
+
 def test_garbage_as_floats_is_refused_and_nothing_else_suffers(server: Served) -> None:
     other = begin(server.native)
     socket = begin(server.native, format="f32le")
@@ -353,7 +360,7 @@ def test_vosk_a_later_config_changes_what_it_names(server: Served) -> None:
         assert "partial_result" in json.loads(socket.recv(10))
         configure(sample_rate=8_000)
         told, code = refusal(socket)
-    assert "before audio comes" in told["message"] and code == 1008
+    assert "before audio comes" in told["message"] and (told["code"], code) == ("bad_settings", 1008)
 
 
 @pytest.mark.parametrize(

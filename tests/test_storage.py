@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,8 +58,8 @@ def download(path: str, folder: Path) -> Path:
 @pytest.mark.parametrize("folder", ["s3://speech/store", "memory://store", "a disk"])
 def test_a_file_is_written_whole_and_read_back(folder: str, tmp_path: Path) -> None:
     store = Store(str(tmp_path / "deep" / "store") if folder == "a disk" else folder)
-    store.create()
-    assert store.names() == []
+    with store.held():
+        assert store.names() == []
     store.write("b.json", '{"text": "きょう"}')
     with store.writing("a.bin") as path:
         path.write_bytes(b"12345")
@@ -77,8 +78,13 @@ def test_what_a_killed_job_left_half_written_goes(tmp_path: Path) -> None:
     (tmp_path / "shard-00000.arrow.tmp-123").touch()
     (tmp_path / "kept.json").touch()
     store = Store(str(tmp_path))
-    store.create()
-    assert store.names() == ["kept.json"]
+    with store.held():
+        assert store.names() == ["kept.json"]
+
+
+def test_one_job_at_a_time_writes_a_folder(tmp_path: Path) -> None:
+    with Store(str(tmp_path)).held(), pytest.raises(AsrError, match=f"another .* {os.getpid()}"):
+        Store(str(tmp_path)).held().__enter__()
 
 
 def test_unknown_stores_are_named() -> None:

@@ -135,7 +135,9 @@ def test_weights_of_a_source_that_is_not_there_are_refused(tmp_path: Path) -> No
     config = tone_config(write_corpus(tmp_path / "d", rows=3))
     with pytest.raises(ConfigError, match=r"data\.weights\.tone: .* did you mean tones\?"):
         run_training(changed(config, "data", weights={"tone": 0.5}), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match=r"data\.weights draws no utterance"):
+        run_training(changed(config, "data", weights={"tones": 0.0}), tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_tuning_data_without_texts_is_refused(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def words_from_tokens(
     Args:
         spans: of one segment, in order.
         tokens: the vocabulary; a token may hold several characters, and spaces at its borders.
-        start, end: of the segment in the recording; word times are kept within.
+        start, end: of the segment in the recording; word times are kept within, a frame long at the least.
         frame: seconds to a frame.
         edge: seconds of silence that were put before the segment.
     """
@@ -110,7 +110,9 @@ def words_from_tokens(
     def close() -> None:
         nonlocal text, confidence
         if text:
-            begins, ends = (min(max(start + t * frame - edge, start), end) for t in (first, last))
+            # A last letter may come in the silence behind the segment, where nothing would be left of a short word.
+            begins = max(min(start + first * frame - edge, end - frame), start)
+            ends = min(max(start + last * frame - edge, begins + frame), end)
             words.append(Word(text=text, start=begins, end=ends, confidence=confidence))
         text, confidence = "", 1.0
 

@@ -19,7 +19,7 @@ def read_hot_words(path: str | Path) -> dict[str, float]:
         ConfigError: the file cannot be read, or a line that is neither.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a readable list of hot words ({error})") from error
     found: dict[str, float] = {}

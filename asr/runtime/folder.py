@@ -68,11 +68,13 @@ def _check(network: Path) -> None:
         if not (network / name).is_file():
             raise ModelError(f"{network}: {name} is missing; the model is incomplete")
     try:
-        version = read_toml(network / "config.toml").get("format_version")
+        told = read_toml(network / "config.toml")
     except ConfigError as error:
         raise ModelError(f"{error}; the model is damaged") from error
-    if version != FORMAT_VERSION:
+    if (version := told.get("format_version")) != FORMAT_VERSION:
         raise ModelError(f"{network}: format version {version}, this program reads {FORMAT_VERSION}")
+    if not isinstance(told.get("model"), dict):
+        raise ModelError(f"{network / 'config.toml'}: [model] is missing; the model is damaged")
 
 
 def find_graph(network: Path, precision: str | None) -> Path:
@@ -110,10 +112,13 @@ def phones_at_output(network: Path) -> list[str]:
     """The phones that the network in a folder writes beside its tokens, their blank first; none, if it writes none.
 
     Raises:
-        ModelError: their names cannot be read.
+        ModelError: their names are missing or cannot be read.
     """
-    model = read_toml(network / "config.toml").get("model")
-    return read_phones(network) if isinstance(model, dict) and model.get("phone_output") else []
+    if not read_toml(network / "config.toml")["model"].get("phone_output"):
+        return []
+    if not (phones := read_phones(network)):
+        raise ModelError(f"{network / _PHONES}: missing or empty; the model is damaged")
+    return phones
 
 
 def read_phones(network: Path) -> list[str]:

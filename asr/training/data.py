@@ -198,10 +198,10 @@ class Corpus:
 
     def features(self, index: int) -> torch.Tensor:
         """Stored log-mel features of an utterance: (frames, bands) float32."""
-        d, row, _ = self.where[index]
+        d, row, span = self.where[index]
         stored = self.datasets[d].features(row)
         assert stored is not None
-        return torch.from_numpy(stored.astype(np.float32))
+        return torch.from_numpy(stored[span].astype(np.float32))
 
     def samples(self, index: int) -> np.ndarray:
         """Samples of an utterance: (samples,) int16."""

@@ -125,6 +125,8 @@ class Trainer:
         accumulate = config.training.accumulate
         self.steps_in = [-(-len(self.sampler.epoch(e)) // accumulate) for e in range(config.training.epochs)]
         self.steps = sum(self.steps_in)
+        if not self.steps:
+            raise ConfigError("data.weights draws no utterance in any epoch; raise them")
         self.progress = {
             "epoch": 0, "batch": 0, "best": math.inf, "since_best": 0, "skipped": 0, "clipped": 0, "audio_seconds": 0.0
         }  # fmt: skip

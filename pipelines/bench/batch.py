@@ -33,7 +33,7 @@ def run(setting: Setting) -> list[Figure]:
     engine = load_engine(folder, threads=setting.threads)
     limits, _ = measured(setting.threads)
     torch.set_num_threads(setting.threads)
-    precision = "int8" if (folder / "model.int8.onnx").is_file() else "fp32"
+    precision = setting.precision("offline")
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
         rows = _as_flac(setting.speech, Path(temporary))
         seconds = sum(row.duration or 0.0 for row in rows)

@@ -70,10 +70,11 @@ def interleaved(
     for name, seconds in times.items():
         values = sorted(s / work * 1e6 if per else work / s for s in seconds)
         middle = statistics.median(seconds)
+        value = middle / work * 1e6 if per else work / middle  # as the ratio has it, also of an even number of rounds
         least = ideal.get(name) if isinstance(ideal, Mapping) else ideal
         figures.append(
             Figure(
-                section=section, name=name, value=statistics.median(values), low=values[0], high=values[-1], unit=unit,
+                section=section, name=name, value=value, low=values[0], high=values[-1], unit=unit,
                 ratio=first / middle, of_limit=None if least is None else least / middle,
             )
         )  # fmt: skip

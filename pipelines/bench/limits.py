@@ -40,27 +40,30 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a network must do for a second of audio: operations, and weights that every frame needs anew.
+    """What a network must do for a second of audio: operations, and weights that are needed anew.
 
     Attributes:
         recurrent: operations of the recurrent layers, which int8 graphs compute in int8.
         others: operations of the other layers, always fp32; the features are counted as an FFT.
-        weights: of the recurrent layers.
+        weights: of the recurrent layers, for what they remember: each frame needs them anew.
+        inputs: likewise, for what comes into them: the frames of a block share them.
     """
 
     recurrent: float
     others: float
     weights: int
+    inputs: int
 
     def seconds(self, limits: Limits, precision: str) -> float:
         """The least time for a second of audio, with weights that cost nothing to read: many rows share them."""
         rate = limits.int8 if precision == "int8" else limits.fp32
         return self.recurrent / rate + self.others / limits.fp32
 
-    def seconds_alone(self, limits: Limits, precision: str, frames: float) -> float:
-        """The same for one stream of `frames` a second: each frame reads all recurrent weights."""
+    def seconds_alone(self, limits: Limits, precision: str, frames: float, block: int) -> float:
+        """The same for one stream of `frames` a second, so many to a block: weights are read for it alone."""
         size = 1 if precision == "int8" else 4
-        return max(self.seconds(limits, precision), frames * self.weights * size / limits.cache)
+        read = frames * (self.weights + self.inputs / block) * size
+        return max(self.seconds(limits, precision), read / limits.cache)
 
 
 @cache
@@ -106,19 +109,21 @@ def work_of(network: Network) -> Work:
     """The operations of a network, two for each weight and frame that meet."""
     config = network.config
     rate = config.features.sample_rate / config.features.hop
-    recurrent = others = rate * feature_operations(config.features)
-    recurrent = 0.0
-    weights = 0
+    others = rate * feature_operations(config.features)
+    recurrent, weights, inputs = 0.0, 0, 0
     for i, layer in enumerate(network._each()[2:], start=2):
         if isinstance(layer, StridedConvolution):
             rate /= layer.stride
-        count = sum(p.numel() for p in layer.parameters() if p.dim() > 1)
+        counts = {name: p.numel() for name, p in layer.named_parameters() if p.dim() > 1}
+        operations = 2 * rate * sum(counts.values())
         if i >= network.first_recurrent and i < network.first_recurrent + config.model.layers:
-            recurrent += 2 * rate * count
-            weights += count
+            recurrent += operations
+            shared = sum(count for name, count in counts.items() if "weight_ih" in name or ".w." in name)
+            inputs += shared
+            weights += sum(counts.values()) - shared
         else:
-            others += 2 * rate * count
-    return Work(recurrent=recurrent, others=others, weights=weights)
+            others += operations
+    return Work(recurrent=recurrent, others=others, weights=weights, inputs=inputs)
 
 
 def feature_operations(config: FeatureConfig) -> float:

@@ -20,7 +20,7 @@ from pipelines.bench.limits import lstm_stack, measured, work_of
 from pipelines.bench.setting import Setting
 
 _SECONDS = 8.0
-# A process that only recognizes: its memory with the model, and with a thousand streams that have heard a second each.
+# A process that only recognizes: its memory with the model, and with 200 streams that have heard a second each.
 _MEMORY = """
 import sys, numpy, asr
 from pathlib import Path
@@ -106,35 +106,37 @@ def run(setting: Setting) -> list[Figure]:
         for start in range(0, len(samples), size):
             live.feed(samples[start : start + size])
 
-    parts: dict[str, Callable[[], object]] = {}
+    precision = setting.precision("streaming")
+    parts: dict[str, tuple[Callable[[], object], str, int]] = {}  # each with its precision, and frames to a block
     if lstms:
-        parts["stepping torch.nn.LSTM, its layers alone"] = stepping_lstms
+        parts["stepping torch.nn.LSTM, its layers alone"] = (stepping_lstms, "fp32", 1)
     parts |= {
-        f"stepping PyTorch, whole network, {one} blocks": lambda: stepping(frame),
-        f"stepping PyTorch, whole network, {more} blocks": lambda: stepping(block),
-        f"the graph alone, {one} blocks": lambda: graph(frame),
-        f"the graph alone, {more} blocks": lambda: graph(block),
-        f"a session, fed {one} at a time": lambda: session(frame),
-        f"a session, fed {more} at a time": lambda: session(block),
+        f"stepping PyTorch, whole network, {one} blocks": (lambda: stepping(frame), "fp32", 1),
+        f"stepping PyTorch, whole network, {more} blocks": (lambda: stepping(block), "fp32", block // frame),
+        f"the graph alone, {one} blocks": (lambda: graph(frame), precision, 1),
+        f"the graph alone, {more} blocks": (lambda: graph(block), precision, block // frame),
+        f"a session, fed {one} at a time": (lambda: session(frame), precision, block // frame),
+        f"a session, fed {more} at a time": (lambda: session(block), precision, block // frame),
     }
-    precision = "int8" if (folder / "model.int8.onnx").is_file() else "fp32"
+    work, seconds = work_of(network), len(samples) / SAMPLE_RATE
     least = {
-        name: len(samples) / SAMPLE_RATE
-        * work_of(network).seconds_alone(limits, "fp32" if "torch" in name.lower() else precision, SAMPLE_RATE / frame)
-        for name in parts
-    }  # fmt: skip
+        name: seconds * work.seconds_alone(limits, computed_in, SAMPLE_RATE / frame, together)
+        for name, (_, computed_in, together) in parts.items()
+    }
+    timed = {name: part for name, (part, _, _) in parts.items()}
     section = f"one live stream, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M weights, {precision}"
     with torch.no_grad():
         unit = f"us a frame of {one}"
-        figures = interleaved(section, unit, frames, parts, setting.rounds, per=True, ideal=least)
+        figures = interleaved(section, unit, frames, timed, setting.rounds, per=True, ideal=least)
     return [*figures, *_memory(section, setting)]
 
 
 def _memory(section: str, setting: Setting) -> list[Figure]:
     command = [sys.executable, "-c", _MEMORY, str(setting.network("streaming").parent)]
     told = subprocess.run(command, capture_output=True, text=True, check=False)
-    if told.returncode:
-        return []  # a system without /proc
+    if told.returncode:  # on a system without /proc, for one
+        setting.tell(f"memory of streams: {(told.stderr.strip() or 'failed').splitlines()[-1]}")
+        return []
     one, each = map(float, told.stdout.split())
     return [
         single(section, "memory of a process with one stream", one, "MB"),

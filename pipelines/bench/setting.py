@@ -9,7 +9,7 @@ import numpy as np
 
 from asr.audio import SAMPLE_RATE, read_audio
 from asr.errors import ModelError
-from asr.runtime.folder import find_networks
+from asr.runtime.folder import GRAPHS, find_networks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,3 +55,7 @@ class Setting:
         if kind not in networks:
             raise ModelError(f"{self.model}: no {kind} network, which this section of the bench measures")
         return networks[kind]
+
+    def precision(self, kind: str) -> str:
+        """What recognition computes a network in: int8 where there is such a graph, else fp32."""
+        return "int8" if (self.network(kind) / GRAPHS["int8"]).is_file() else "fp32"

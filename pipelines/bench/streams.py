@@ -62,7 +62,7 @@ def run(setting: Setting) -> list[Figure]:
     folder = setting.network("streaming")
     speech = np.concatenate([part for x in setting.speech for part in (x, _PAUSE)])
     network = load_network(folder)
-    precision = "int8" if (folder / "model.int8.onnx").is_file() else "fp32"
+    precision = setting.precision("streaming")
     limits, _ = measured(setting.threads)
     most = 1 / work_of(network).seconds(limits, precision)
     size = sum(p.numel() for p in network.parameters()) / 1e6
@@ -83,10 +83,9 @@ def run(setting: Setting) -> list[Figure]:
             figures.append(single(section, f"{name}: streams", 0, ""))
             continue
         first = figures[0].value if figures else best.streams
+        ratio = best.streams / first if first else None
         figures += [
-            single(
-                section, f"{name}: streams", best.streams, "", ratio=best.streams / first, of_limit=best.streams / most
-            ),
+            single(section, f"{name}: streams", best.streams, "", ratio=ratio, of_limit=best.streams / most),
             single(section, f"{name}: 95 of 100 replies within", 1000 * best.p95, "ms"),
             single(section, f"{name}: half of the replies within", 1000 * best.median, "ms"),
             single(section, f"{name}: CPU for a second of audio", 1000 * best.cpu, "ms"),

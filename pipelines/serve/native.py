@@ -67,7 +67,7 @@ def parse_endpoint(given: Any, usual: EndpointConfig) -> EndpointConfig:
     try:
         return replace(usual, **given)
     except ConfigError as error:
-        raise _wrong(str(error)) from None
+        raise Refused(str(error), code="bad_settings") from None
 
 
 def parse_object(message: str | bytes) -> dict[str, Any]:

@@ -91,7 +91,8 @@ async def talk(channel: Channel, service: "Service", websocket: WebSocket) -> No
             if isinstance(said, dict):
                 changed = replace(config, **said)
                 if changed.sample_rate != config.sample_rate and live.is_open:
-                    raise Refused("sample_rate must be set before audio comes, or after reset", code="bad_message")
+                    told = "sample_rate must be set before audio comes, or after reset"
+                    raise Refused(told, code="bad_settings")
                 config = changed
             elif said == "reset":
                 await channel.send(result(await live.finish(), config))
