@@ -32,6 +32,7 @@ _FORMATS = (
     ".jsonl.gz), CSV or TSV with a header, or a folder of recordings each with a .txt beside it"
 )
 _MOST_OUTSIDE = 0.1  # seconds that a Lhotse text may reach out of its cut
+_ROUNDING_SECONDS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +56,15 @@ class Utterance:
     offset: float | None = None
     speaker: str | None = None
     where: str
+
+    @property
+    def seconds_to_read(self) -> float | None:
+        """How much of its file to read; None: all of it.
+
+        A duration is often rounded: where it is told of a whole file, a little more is read, so that the last sound
+        stays. Inside a long recording that would be the neighbour's first.
+        """
+        return self.duration if self.duration is None or self.offset is not None else self.duration + _ROUNDING_SECONDS
 
 
 # A reader yields rows still unchecked: "file:line" and the fields by the names of _NAMES; "problem" is one it found.

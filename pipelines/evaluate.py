@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 _GROUP_UTTERANCES = 16
 _GROUP_SECONDS = 320.0
 _BLOCK = SAMPLE_RATE // 10  # samples fed to a session at a time, as a microphone would
-_ROUNDING_SECONDS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,12 +216,7 @@ def read_row(row: Utterance) -> np.ndarray:
     Raises:
         AudioError: it cannot be read.
     """
-    # A declared duration is often rounded; from the start of a file (mostly all of it) a little more is
-    # read, so that the last sound stays. Inside a long recording that would be the neighbour's first.
-    duration = row.duration
-    if duration is not None and row.offset is None:
-        duration += _ROUNDING_SECONDS
-    return read_audio(row.audio, offset=row.offset or 0.0, duration=duration)
+    return read_audio(row.audio, offset=row.offset or 0.0, duration=row.seconds_to_read)
 
 
 class _Work:

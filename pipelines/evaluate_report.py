@@ -192,10 +192,8 @@ def _seconds(outcome: Outcome) -> float | None:
 
 
 def _embedded(outcome: Outcome) -> str | None:
-    try:
-        samples = outcome.row.read(_readable) if isinstance(outcome.row, Joined) else read_row(outcome.row)
-    except AudioError:
-        return None
+    row = outcome.row
+    samples = row.read(_readable) if isinstance(row, Joined) else _readable(row)
     if samples is None or not len(samples):
         return None
     file = io.BytesIO()

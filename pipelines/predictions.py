@@ -27,7 +27,6 @@ _BATCH_ROWS = 64
 _BATCH_SECONDS = 300.0
 _ASSUMED_SECONDS = 5.0  # of a row that doesn't tell
 _LONGEST_SECONDS = 30.0  # that is read whole; what is longer is cut at silences
-_ROUNDING_SECONDS = 0.1  # a declared duration is often rounded; as in `asr evaluate`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +102,8 @@ def recognize_rows(
 
 def _start_of(row: Utterance) -> Part:
     """The row, or where it is long, enough of it to tell."""
-    return Part(row.audio, row.offset or 0.0, min(_length(row) or _LONGEST_SECONDS + 1, _LONGEST_SECONDS + 1))
-
-
-def _length(row: Utterance) -> float | None:
-    # Inside a long recording, a little more than told would be the neighbour's first sound.
-    if row.duration is None or row.offset is not None:
-        return row.duration
-    return row.duration + _ROUNDING_SECONDS
+    longest = _LONGEST_SECONDS + 1
+    return Part(row.audio, row.offset or 0.0, min(row.seconds_to_read or longest, longest))
 
 
 def _recognize_long(
@@ -123,7 +116,7 @@ def _recognize_long(
     try:
         if row.offset is None and row.duration is None:
             return recognizer.transcribe(row.audio, network=network)
-        samples = next(decode([Part(row.audio, row.offset or 0.0, _length(row))]))
+        samples = next(decode([Part(row.audio, row.offset or 0.0, row.seconds_to_read)]))
         return str(samples) if isinstance(samples, AudioError) else recognizer.transcribe(samples, network=network)
     except AudioError as error:
         return str(error)

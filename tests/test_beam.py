@@ -280,7 +280,7 @@ def model_folder(tmp_path: Path) -> Path:
     """A model folder as `load` checks it; its graph is never opened."""
     network = tmp_path / "model" / "offline"
     network.mkdir(parents=True)
-    (network / "config.toml").write_text("format_version = 1\n")
+    (network / "config.toml").write_text("format_version = 1\n[model]\n")
     (network / "model.int8.onnx").touch()
     Tokenizer.characters(["tobenrsa"]).save(network / "tokens.txt")
     return tmp_path / "model"

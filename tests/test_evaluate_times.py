@@ -121,7 +121,7 @@ def test_the_command_tells_and_keeps_what_it_found(
     monkeypatch.setattr(Recognizer, "load", lambda *_, **__: Listener())
     network = tmp_path / "model" / "offline"
     network.mkdir(parents=True)
-    (network / "config.toml").write_text("format_version = 1\n")
+    (network / "config.toml").write_text("format_version = 1\n[model]\n")
     (network / "tokens.txt").write_text("<blank>\n")
     path = recordings(tmp_path, 36)
     with pytest.raises(SystemExit) as ended:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from asr.audio import EDGE_SILENCE_SECONDS, SAMPLE_RATE
+from asr.decoding import Decoder
 from asr.decoding.beam import BeamConfig, BeamSearch
 from asr.decoding.greedy import GreedyDecoder
 from asr.decoding.language_model import Automaton
@@ -36,28 +37,28 @@ def run(setting: Setting) -> list[Figure]:
     padded = [np.concatenate([edge, x, edge]) for x in setting.speech]
     spoken = engine.log_probs(padded)  # type: ignore[union-attr]
 
-    def ours(frames: int | None, partial: bool = False) -> None:
+    def whole(make: Callable[[], Decoder], spoken: Sequence[np.ndarray] = spoken) -> None:
         for log_probs in spoken:
-            decoder = search()
-            for start in range(0, len(log_probs), frames or len(log_probs)):
-                decoder.accept(log_probs[start : start + (frames or len(log_probs))])
-                if partial:
-                    decoder.tokens()
+            decoder = make()
+            decoder.accept(log_probs)
             decoder.finish()
 
-    def greedy() -> None:
+    def in_blocks(partial: bool) -> None:
         for log_probs in spoken:
-            decoder = GreedyDecoder()
-            decoder.accept(log_probs)
+            decoder = search()
+            for start in range(0, len(log_probs), block):
+                decoder.accept(log_probs[start : start + block])
+                if partial:
+                    decoder.tokens()
             decoder.finish()
 
     decode = _flashlight(model, [word for word in words if set(word) <= set(tokens)], tokens, config)
     parts = {
         **({} if decode is None else {"flashlight-text, the words of the best path": lambda: decode(spoken)}),
-        "ours, whole": lambda: ours(None),
-        "ours, in blocks": lambda: ours(block),
-        "ours, in blocks, partial text after each": lambda: ours(block, partial=True),
-        "greedy, whole": greedy,
+        "ours, whole": lambda: whole(search),
+        "ours, in blocks": lambda: in_blocks(partial=False),
+        "ours, in blocks, partial text after each": lambda: in_blocks(partial=True),
+        "greedy, whole": lambda: whole(GreedyDecoder),
     }
     phones, lexicon = phones_at_output(folder), find_lexicon(setting.model)
     if phones and lexicon:
@@ -65,14 +66,7 @@ def run(setting: Setting) -> list[Figure]:
         scorer = TextScorer(next_word) if next_word else None
         sounds = BeamSearch(ngrams, words, tokens, config, phones, said, scorer)
         heard = load_engine(folder, phones=True).log_probs(padded)  # type: ignore[union-attr]
-
-        def by_sound() -> None:
-            for log_probs in heard:
-                decoder = sounds()
-                decoder.accept(log_probs)
-                decoder.finish()
-
-        parts["ours, by sound, weighed by letters and next words too, whole"] = by_sound
+        parts["ours, by sound, weighed by letters and next words too, whole"] = lambda: whole(sounds, heard)
     return interleaved("beam search with language model", "x real time", setting.speech_seconds, parts, setting.rounds)
 
 
