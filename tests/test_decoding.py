@@ -89,9 +89,9 @@ def test_words_are_parted_at_spaces_with_frame_exact_times() -> None:
 
 def test_word_times_stay_within_their_segment_and_none_is_without_length() -> None:
     spans = [TokenSpan(2, 0, 2, 1.0), TokenSpan(1, 3, 4, 1.0), TokenSpan(3, 30, 40, 1.0)]
-    assert [w[1:3] for w in words(spans, end=11.0)] == [(10.0, 10.04), (10 + 30 * 0.04 - 0.25, 11.0)]
-    assert [w[1:3] for w in words([TokenSpan(2, 40, 41, 1.0)], end=11.0)] == [(10.96, 11.0)]
-    assert [w[1:3] for w in words([TokenSpan(2, 40, 41, 1.0)], end=10.03)] == [(10.0, 10.03)]
+    assert [w[1:3] for w in words(spans, end=11.0)] == [(10.0, 10.02), (10 + 30 * 0.04 - 0.25, 11.0)]
+    assert [w[1:3] for w in words([TokenSpan(2, 40, 41, 1.0)], end=11.0)] == [(10.98, 11.0)]
+    assert [w[1:3] for w in words([TokenSpan(2, 40, 41, 1.0)], end=10.01)] == [(10.0, 10.01)]
 
 
 def test_tokens_of_several_characters_and_scripts_without_spaces() -> None:

@@ -1,7 +1,7 @@
 """From log-probabilities to tokens and words: what every decoder has in common."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -99,7 +99,7 @@ def words_from_tokens(
     Args:
         spans: of one segment, in order.
         tokens: the vocabulary; a token may hold several characters, and spaces at its borders.
-        start, end: of the segment in the recording; word times are kept within, a frame long at the least.
+        start, end: of the segment in the recording; word times are kept within.
         frame: seconds to a frame.
         edge: seconds of silence that were put before the segment.
     """
@@ -110,9 +110,7 @@ def words_from_tokens(
     def close() -> None:
         nonlocal text, confidence
         if text:
-            # A last letter may come in the silence behind the segment, where nothing would be left of a short word.
-            begins = max(min(start + first * frame - edge, end - frame), start)
-            ends = min(max(start + last * frame - edge, begins + frame), end)
+            begins, ends = (min(max(start + t * frame - edge, start), end) for t in (first, last))
             words.append(Word(text=text, start=begins, end=ends, confidence=confidence))
         text, confidence = "", 1.0
 
@@ -128,4 +126,15 @@ def words_from_tokens(
         if token.endswith(" "):
             close()
     close()
-    return words
+    return _with_length(words, start, end, frame / 2)
+
+
+def _with_length(words: list[Word], start: float, end: float, shortest: float) -> list[Word]:
+    """Words at the edges of their segment [start, end), where its limits leave nothing of them, get some of it back."""
+    found: list[Word] = []
+    for word in reversed(words):
+        ends = min(max(word.end, word.start + shortest), end)
+        begins = max(min(word.start, ends - shortest), start)
+        found.append(word if (begins, ends) == (word.start, word.end) else replace(word, start=begins, end=ends))
+        end = begins
+    return found[::-1]
