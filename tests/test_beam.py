@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rapidfuzz.distance import Levenshtein
 from toy_model import FRAME, RATE, ToyEngine, spell
 from toy_model import TOKENIZER as LETTERS
 
 from asr.decoding import Hypothesis, TokenSpan, words_from_tokens
 from asr.decoding import beam as beam_module
-from asr.decoding.beam import BeamConfig, BeamDecoder, BeamSearch, agreement
+from asr.decoding.beam import BeamConfig, BeamDecoder, BeamSearch, agreement, differences, edited
 from asr.decoding.greedy import GreedyDecoder
 from asr.decoding.language_model import Automaton
 from asr.decoding.next_word import TextScorer
@@ -466,6 +467,32 @@ def test_phones_in_any_blocks_give_one_text(seed: int, cuts: list[int]) -> None:
         parts.accept(log_probs[a:b])
         parts.tokens()
     assert parts.finish() == expected == whole.finish()
+
+
+texts_of = st.lists(st.integers(0, 3), max_size=8).map(tuple)
+
+
+@given(one=texts_of, other=texts_of)
+def test_a_text_with_all_differences_of_another_is_that(one: tuple[int, ...], other: tuple[int, ...]) -> None:
+    assert edited(one, differences(one, other)) == other
+
+
+def test_what_several_texts_have_right_comes_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No text has more than one place right, and one of them is behind those that are weighed as they are."""
+    said = (1, 2, 3, 4, 5, 6)
+    found = [(0, 2, 0, 4, 0, 6), (0, 2, 3, 4, 0, 6), (1, 2, 0, 4, 0, 6), (0, 2, 0, 4, 5, 6, 7)]
+    search = phone_search()
+
+    def weigh(readings: object, texts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
+        return {text: -float(Levenshtein.distance(text, said)) for text in texts}
+
+    monkeypatch.setattr(search, "weigh", weigh)
+    monkeypatch.setattr(beam_module, "_CANDIDATES", 3)
+    weighed = search.choose([], found)
+    assert max(weighed, key=lambda text: weighed[text]) == said
+    assert weighed[said] == 0
+    monkeypatch.setattr(beam_module, "_ROUNDS", 0)
+    assert search.choose([], found).keys() == {(), *found[:3]}
 
 
 def test_a_word_is_as_sure_as_the_texts_that_have_it() -> None:

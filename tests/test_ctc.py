@@ -29,7 +29,28 @@ def test_the_likelihood_is_that_of_pytorchs_ctc_loss(frames: int, sequences: lis
     flat = torch.tensor([label for sequence in sequences for label in sequence], dtype=torch.long)
     wide = torch.from_numpy(log_probs)[:, None].expand(-1, len(sequences), -1)
     losses = torch.nn.functional.ctc_loss(wide, flat, torch.full((len(sequences),), frames), lengths, reduction="none")
-    np.testing.assert_allclose(log_likelihoods(log_probs, sequences), -losses.numpy(), rtol=1e-9, atol=1e-9)
+    texts = [[[sequence]] if sequence else [] for sequence in sequences]
+    np.testing.assert_allclose(log_likelihoods(log_probs, texts), -losses.numpy(), rtol=1e-9, atol=1e-9)
+    as_words = [[[[label]] for label in sequence] for sequence in sequences]
+    np.testing.assert_allclose(log_likelihoods(log_probs, as_words), -losses.numpy(), rtol=1e-9, atol=1e-9)
+
+
+ways = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3), min_size=1, max_size=3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    frames=st.integers(0, 14),
+    texts=st.lists(st.lists(ways, max_size=3), min_size=1, max_size=4),
+    seed=st.integers(0, 1000),
+)
+def test_the_ways_to_write_words_add_up(frames: int, texts: list[list[list[list[int]]]], seed: int) -> None:
+    log_probs = network_output(frames, 5, seed)
+    for found, words in zip(log_likelihoods(log_probs, texts), texts, strict=True):
+        each = (
+            [[[[label for way in chosen for label in way]]] for chosen in itertools.product(*words)] if words else [[]]
+        )
+        np.testing.assert_allclose(found, np.logaddexp.reduce(log_likelihoods(log_probs, each)), rtol=1e-9, atol=1e-9)
 
 
 def test_a_long_utterance_does_not_underflow() -> None:
@@ -39,7 +60,7 @@ def test_a_long_utterance_does_not_underflow() -> None:
         torch.from_numpy(log_probs)[:, None], torch.tensor([sequence]), torch.tensor([2000]), torch.tensor([600]),
         reduction="none",
     )  # fmt: skip
-    assert log_likelihoods(log_probs, [sequence])[0] == pytest.approx(-float(loss), rel=1e-9)
+    assert log_likelihoods(log_probs, [[[sequence]]])[0] == pytest.approx(-float(loss), rel=1e-9)
 
 
 def test_nothing_is_as_likely_as_all_its_blanks() -> None:

@@ -35,7 +35,9 @@ _ONCE = (1.1, -0.75)  # likewise, where what it found was heard in one reading, 
 _SHARPNESS = 0.3  # of the probabilities that scores stand for: as they are, the best text would be all but certain
 _HEARD = 0.1  # exponent of the tokens' probabilities in a word's confidence: many right words were hardly heard
 _LETTERS_SHARE = 16  # of the hypotheses, one in so many is by letters where words without a pronunciation want it
-_CANDIDATES = 40  # of each search, that are weighed by tokens and phones
+_FOUND = 200  # texts of each search
+_CANDIDATES = 60  # of them, that are weighed by tokens and phones; of the others, what differs from the best one there
+_ROUNDS = 4  # of that, at the most
 _SILENCE = 4.0  # natural log: a text must be so much likelier than that nobody spoke; noises sound like short words
 _SPELLED = 6.0  # likewise by the tokens alone: phones may have been taught no silence (9 at the least in single words)
 
@@ -206,6 +208,35 @@ class BeamSearch:
             running[-1].read(end)
         return [found for search in running for found in search.finish(most)]
 
+    def choose(self, readings: Sequence[np.ndarray], texts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
+        """The scores of the first of some texts, of none, and of what the best of these becomes by what others differ.
+
+        In a long text a few unsure places alone make hundreds of texts, and what is wrong elsewhere is in none of the
+        likeliest: so one place after the other of the best text is made as any other text has it, and then all those
+        together that are better so (Deoras, Mikolov and Church 2011, for confusion networks).
+
+        Args:
+            readings: see `weigh`.
+            texts: what was found, the likeliest first.
+        """
+        weighed = self.weigh(readings, list(dict.fromkeys([(), *texts[:_CANDIDATES]])))
+        for _ in range(_ROUNDS):
+            best = max(weighed, key=lambda words: weighed[words])
+            edits = dict.fromkeys(edit for text in texts for edit in differences(best, text))
+            single = {edited(best, [edit]): edit for edit in edits}
+            new = [text for text in single if text not in weighed][:_CANDIDATES]
+            scores = self.weigh(readings, list(dict.fromkeys([(), best, *new])))
+            gains = {single[text]: scores[text] - scores[best] for text in new}
+            better = sorted((edit for edit, gain in gains.items() if gain > 0), key=lambda edit: -gains[edit])
+            if len(better) > 1 and (together := edited(best, better)) not in scores:
+                both = self.weigh(readings, list(dict.fromkeys([(), best, together])))
+                scores[together] = scores[best] + both[together] - both[best]
+            # A memory may be another candidate's (see TextScorer): scores compare where they were found together.
+            weighed |= {text: weighed[best] + score - scores[best] for text, score in scores.items()}
+            if not better:
+                break
+        return weighed
+
     def weigh(self, readings: Sequence[np.ndarray], texts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
         """The score of texts by what was heard, the mean of all readings, and by the language models.
 
@@ -227,7 +258,7 @@ class BeamSearch:
             by_phones = [self._said.log_likelihoods(reading[:, vocabulary:], texts) for reading in readings]
             heard += share * np.mean(by_phones, axis=0)
         if share < 1:
-            spellings = [self.spelling(words) for words in texts]
+            spellings = [[[self.spelling(words)]] if words else [] for words in texts]
             spelled = np.mean([log_likelihoods(reading[:, :vocabulary], spellings) for reading in readings], axis=0)
             heard += (1 - share) * spelled
             nothing = [i for i, words in enumerate(texts) if not words]
@@ -311,7 +342,7 @@ class BeamDecoder:
         Another reading, (frames, tokens + phones), counts where nothing is committed, which it would not fit.
         """
         nbest, weighs = self._search.config.nbest, self._search.weighs and self._frames > 0
-        found = self._search.finish(self._search_so_far(), _CANDIDATES if weighs else nbest)
+        found = self._search.finish(self._search_so_far(), _FOUND if weighs else nbest)
         self._running = None
         if not self._frames:
             return [Hypothesis(tuple(self.written), f.score) for f in found]
@@ -324,7 +355,7 @@ class BeamDecoder:
             ]
         readings = [log_probs] if again is None or self._first else [log_probs, again]
         likeliest_first = sorted(found, key=lambda f: -f.score)
-        weighed = self._search.weigh(readings, list(dict.fromkeys([(), *(f.words for f in likeliest_first)])))
+        weighed = self._search.choose(readings, list(dict.fromkeys(f.words for f in likeliest_first)))
         weighed[()] += _SILENCE
         possible = sorted((words for words in weighed if weighed[words] > -np.inf), key=lambda words: -weighed[words])
         return [
@@ -424,6 +455,33 @@ class BeamDecoder:
             self.written += [span for span in spans if span.end_frame <= cut]
         rest = np.concatenate(self._blocks)[cut - self._first :]
         self._blocks, self._frames, self._first, self._running = [rest], len(rest), cut, None
+
+
+Edit = tuple[int, int, tuple[int, ...]]  # the words from here to there are to be these
+
+
+def differences(words: tuple[int, ...], other: tuple[int, ...]) -> list[Edit]:
+    """The places in which another text differs, apart by words that both have."""
+    from rapidfuzz.distance import Levenshtein
+
+    blocks = Levenshtein.opcodes(words, other).as_matching_blocks()  # the last one is empty, at the ends
+    ends = [(0, 0), *((block.a + block.size, block.b + block.size) for block in blocks)]
+    return [
+        (a, block.a, other[b : block.b])
+        for (a, b), block in zip(ends[:-1], blocks, strict=True)
+        if block.a > a or block.b > b
+    ]
+
+
+def edited(words: tuple[int, ...], edits: Sequence[Edit]) -> tuple[int, ...]:
+    """A text with its places as these have them; of two that touch, as the first has it."""
+    chosen: list[Edit] = []
+    for edit in edits:
+        if all(edit[1] < start or end < edit[0] for start, end, _ in chosen):
+            chosen.append(edit)
+    for start, end, instead in sorted(chosen, reverse=True):
+        words = (*words[:start], *instead, *words[end:])
+    return words
 
 
 def agreement(words: Sequence[int], weighed: Mapping[tuple[int, ...], float]) -> list[float]:

@@ -4,6 +4,7 @@ The forward and the Viterbi recursion of Graves et al. 2006, in numpy: recogniti
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,46 +15,110 @@ _LEAST = -40.0  # log-probabilities below are taken for it: so many frames' prod
 _SCALED = 8  # frames
 
 
-def log_likelihoods(log_probs: np.ndarray, sequences: Sequence[Sequence[int]]) -> np.ndarray:
-    """The natural-log likelihood of each label sequence, over all its alignments.
+def log_likelihoods(log_probs: np.ndarray, texts: Sequence[Sequence[Sequence[Sequence[int]]]]) -> np.ndarray:
+    """The natural-log likelihood of each text, over all its alignments and all ways to write its words.
 
     Args:
         log_probs: (frames, labels), the blank being label 0.
-        sequences: of labels, without blanks; also empty ones.
+        texts: of each its words, of each word the ways to write it: labels, one at the least, without blanks.
 
     Returns:
-        (sequences,) float64; -inf for one that needs more frames than there are.
+        (texts,) float64; -inf for one that needs more frames than there are.
     """
-    labels, skips = (np.ascontiguousarray(part.T) for part in _states(sequences))
-    may_skip, size = skips.astype(np.float64), len(labels)
-    ends = 2 * np.array([len(sequence) for sequence in sequences], np.int64)
-    labels[np.arange(size)[:, None] > ends] = log_probs.shape[1]  # behind an end: a label without probability
-    probabilities = np.zeros((len(log_probs), log_probs.shape[1] + 1))
-    probabilities[:, :-1] = np.exp(np.maximum(log_probs, _LEAST), dtype=np.float64)
+    frames, nothing = log_probs.shape  # behind the last one: a label without probability
+    chains = [_Chain.of(words, nothing) for words in texts]
+    size, count = max((len(chain.labels) for chain in chains), default=0), len(chains)
+    labels, soonest = np.full((size, count), nothing), np.full((size, count), frames)
+    for column, chain in enumerate(chains):
+        labels[: len(chain.labels), column] = chain.labels
+        soonest[: len(chain.labels), column] = chain.soonest
+    may_skip = np.zeros((size, count))
+    may_skip[2:] = (labels[2:] != _BLANK) & (labels[2:] != labels[:-2])
+    first_frame = np.minimum.accumulate(soonest.min(axis=1, initial=frames)[::-1])[::-1]
+    reached = np.searchsorted(first_frame, np.arange(frames), side="right")  # states that can be entered by then
+
+    alpha = np.zeros((size + 2, count))  # two states before the first that are never entered
+    of_all = alpha.reshape(-1)
+    jumps = np.array([(to, come, i) for i, chain in enumerate(chains) for to, come in chain.jumps], np.int64)
+    steps = _distinct(*((jumps.reshape(-1, 3)[:, :2] + 2) * count + jumps.reshape(-1, 3)[:, 2:]).T)
+    alpha[2:4] = 1.0
+    for column, chain in enumerate(chains):
+        alpha[[to + 2 for to, come in chain.jumps if come == 0], column] = 1.0
 
     # Probabilities, with their sum set to 1 every few frames, cost less than a fifth of logarithms.
-    alpha = np.zeros((size + 2, len(sequences)))  # two states before the first that are never entered
-    alpha[2:4] = 1.0
-    total = np.zeros(len(sequences))
+    probabilities = np.zeros((frames, nothing + 1))
+    probabilities[:, :-1] = np.exp(np.maximum(log_probs, _LEAST), dtype=np.float64)
+    total = np.zeros(count)
     for t, frame in enumerate(probabilities):
-        reached = min(2 * t + 2, size)  # states that can be entered by now
-        some = alpha[2 : reached + 2]
+        some = alpha[2 : reached[t] + 2]
         if t:
-            entered = alpha[:reached] * may_skip[:reached]
-            entered += alpha[1 : reached + 1]
+            entered = alpha[: reached[t]] * may_skip[: reached[t]]
+            entered += alpha[1 : reached[t] + 1]
+            jumped = [of_all[come] for _, come in steps]
             some += entered
-        some *= frame.take(labels[:reached])
+            for (to, _), brought in zip(steps, jumped, strict=True):
+                of_all[to] += brought
+        some *= frame.take(labels[: reached[t]])
         if t % _SCALED == _SCALED - 1:
             sums = some.sum(axis=0)
             with np.errstate(divide="ignore"):
                 total += np.log(sums)
             some /= np.where(sums > 0, sums, 1.0)
-    rows = np.arange(len(sequences))
-    last = alpha[ends + 2, rows] + np.where(ends > 0, alpha[ends + 1, rows], 0.0)
-    if not len(probabilities):
-        last = (ends == 0).astype(np.float64)
+    last = np.array([alpha[np.add(chain.ends, 2), i].sum() for i, chain in enumerate(chains)])
+    if not frames:
+        last = np.array([float(not words) for words in texts])
     with np.errstate(divide="ignore"):
         return total + np.log(last)
+
+
+class _Chain(NamedTuple):
+    """The states of a text in a row: a blank, and for each word its ways, one behind the other, and a blank.
+
+    From a state one may go on to the next, and to the next but one where labels differ (the ways of a word have two
+    states between them that nothing leaves), and by `jumps`, (to, from): around the other ways of a word.
+
+    Attributes:
+        soonest: the first frame in which each state may be.
+        ends: the states that may be the last.
+    """
+
+    labels: list[int]
+    soonest: list[int]
+    jumps: list[tuple[int, int]]
+    ends: list[int]
+
+    @classmethod
+    def of(cls, words: Sequence[Sequence[Sequence[int]]], nothing: int) -> "_Chain":
+        labels, soonest, jumps = [_BLANK], [0], []
+        before, lasts, needed = 0, [], 0  # the blank before a word, the last states of the ways of the one before that
+        for ways in words:
+            firsts, ends = [], []
+            for way in ways:
+                if firsts:
+                    labels += [nothing, nothing]
+                    soonest += [needed, needed]
+                firsts.append(len(labels))
+                written = [_BLANK] * (2 * len(way) - 1)
+                written[::2] = way
+                labels += written
+                soonest += [needed + (i + 1) // 2 for i in range(len(written))]
+                ends.append(len(labels) - 1)
+            jumps += [(first, before) for first in firsts[1:]]
+            jumps += [(to, come) for to in firsts for come in lasts if labels[to] != labels[come] and to != come + 2]
+            before, lasts = len(labels), ends
+            needed += min(map(len, ways))
+            labels.append(_BLANK)
+            soonest.append(needed)
+            jumps += [(before, end) for end in ends[:-1]]
+        return cls(labels, soonest, jumps, [before, *lasts])
+
+
+def _distinct(to: np.ndarray, come: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Jumps in groups, in each of which no two end in one place."""
+    order = np.argsort(to, kind="stable")
+    to, come = to[order], come[order]
+    nth = np.arange(len(to)) - np.searchsorted(to, to)
+    return [(to[nth == n], come[nth == n]) for n in range(nth.max(initial=-1) + 1)]
 
 
 def align(log_probs: np.ndarray, sequence: Sequence[int]) -> list[TokenSpan]:

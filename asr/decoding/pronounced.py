@@ -1,7 +1,7 @@
 """The words of a lexicon by their sounds, and how likely what was heard is that of a text."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from asr.lexicon import Pronunciations
 NO_WORD = -1
 # A word without a pronunciation: any phones will do, so many for a letter, each a little worse than the likeliest one.
 _PHONES_PER_LETTER, _ANY_PHONE = 0.85, -1.0
-_WAYS = 4  # of a text's pronunciations, that are tried
+_WAYS = 6  # of a word's pronunciations, that are tried
 
 
 class Pronounced:
@@ -47,33 +47,19 @@ class Pronounced:
         self.complete = np.count_nonzero(np.diff(self._sorted, prepend=NO_WORD)) == len(words)
 
     def log_likelihoods(self, log_probs: np.ndarray, texts: Sequence[tuple[int, ...]]) -> np.ndarray:
-        """Of texts, by numbers of words, in their likeliest pronunciation: (frames, phones) -> (texts,)."""
+        """Of texts, by numbers of words, in all their pronunciations: (frames, phones) -> (texts,)."""
         anything = log_probs[:, 1:].max(axis=1, keepdims=True) + _ANY_PHONE
         sounds = {word: self._of(word) for word in set(itertools.chain.from_iterable(texts))}
-        ways = [
-            (i, way)
-            for i, words in enumerate(texts)
-            for way in itertools.islice(_ways([sounds[word] for word in words]), _WAYS)
-        ]
-        scores = log_likelihoods(np.concatenate([log_probs, anything, anything], axis=1), [way for _, way in ways])
-        best = np.full(len(texts), IMPOSSIBLE)
-        np.maximum.at(best, [i for i, _ in ways], scores)
-        return best
+        said = [[sounds[word] for word in words] for words in texts]
+        scores = log_likelihoods(np.concatenate([log_probs, anything, anything], axis=1), said)
+        return np.maximum(scores, IMPOSSIBLE)
 
     def _of(self, word: int) -> list[list[int]]:
-        """The ways to say a word."""
+        """The ways to say a word, each once."""
         found = self._order[slice(*np.searchsorted(self._sorted, (word, word + 1)))]
         if len(found):
-            return [self.phones[self._starts[i] : self._starts[i] + self.lengths[i]].tolist() for i in found]
+            ways = [self.phones[self._starts[i] : self._starts[i] + self.lengths[i]].tolist() for i in found]
+            return [way for i, way in enumerate(ways) if way not in ways[:i]][:_WAYS]
         count = max(round(_PHONES_PER_LETTER * len(self._spelled[word])), 1)
         # of any phones, two names: CTC parts equal neighbours by a blank
         return [[self._any_phone + i % 2 for i in range(count)]]
-
-
-def _ways(sounds: Sequence[Sequence[Sequence[int]]]) -> Iterator[list[int]]:
-    """The pronunciations of a text, given those of its words: the first ones, and each other one beside those."""
-    first = [ways[0] for ways in sounds]
-    yield [phone for way in first for phone in way]
-    for i, ways in enumerate(sounds):
-        for other in ways[1:]:
-            yield [phone for way in (*first[:i], other, *first[i + 1 :]) for phone in way]
