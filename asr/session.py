@@ -290,7 +290,7 @@ class Clock:
 
     def __init__(self, sample_rate: int) -> None:
         self.samples = 0  # brought to 16 kHz so far
-        self.rate = sample_rate  # of what comes in
+        self.rate = int(sample_rate)  # of what comes in
         self._resampler = Resampler(sample_rate, SAMPLE_RATE)
         self._given = 0
 

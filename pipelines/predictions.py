@@ -171,6 +171,7 @@ class PredictionFile:
                         f"{target}: holds the predictions of other rows than those of {manifest}; use another output "
                         "folder, or --overwrite"
                     )
+                self._part.unlink(missing_ok=True)  # of an interrupted --overwrite
                 self._try_again(rows)
             elif self._part.exists():
                 size = self._keep(self._part)
@@ -241,7 +242,8 @@ class PredictionFile:
 
 def _line(fields: dict, prediction: Prediction) -> str:
     told = {"pred_text": prediction.text} | ({"error": prediction.reason} if prediction.reason else {})
-    return json.dumps(fields | told, ensure_ascii=False) + "\n"
+    own = {name: value for name, value in fields.items() if name != "error"}  # an earlier prediction's
+    return json.dumps(own | told, ensure_ascii=False) + "\n"
 
 
 def _reason_in(line: bytes) -> str:

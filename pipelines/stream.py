@@ -86,6 +86,8 @@ class PipeSource:
     def __init__(self, sample_rate: int, pipe: BinaryIO | None = None) -> None:
         self.sample_rate = sample_rate
         self.lost = 0
+        if not pipe and sys.stdin is None:
+            raise AsrError("-: there is no standard input")
         self._pipe = pipe or sys.stdin.buffer
 
     def blocks(self, stop: threading.Event) -> Generator[Block, None, None]:

@@ -9,12 +9,15 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from asr.config import TrainConfig, from_dict, to_toml
 from asr.errors import AsrError, ConfigError, ModelError
 from asr.files import replacing_folder, write_atomically
 from asr.runtime.folder import GRAPHS, LM_FOLDER, NEXT_WORD_FOLDER
+
+if TYPE_CHECKING:
+    import torch
 
 Device = Literal["auto", "cpu", "gpu"]
 _ATTEMPTS = 3  # that get no further than the one before
@@ -55,14 +58,9 @@ def train(
     if min_workers is not None and not 1 <= min_workers <= workers:
         raise ConfigError(f"min_workers = {min_workers}: must be 1 up to the {workers} workers")
     if workers == 0:
-        import torch
-
         from asr.training.loop import run_training
 
-        if device == "gpu" and not torch.cuda.is_available():
-            raise ConfigError("--device gpu: this machine has no GPU that PyTorch can use")
-        gpu = device != "cpu" and torch.cuda.is_available()
-        network = run_training(config, run, device=torch.device("cuda" if gpu else "cpu"))
+        network = run_training(config, run, device=device_here(device))
     else:
         network = train_on_ray(config, run, (min_workers or workers, workers), address, device)
     _write_card(config, run)
@@ -70,6 +68,19 @@ def train(
         _take_language_models(Path(config.init_from).parent, run / "model")
     _write_graphs(network)
     return run / "model"
+
+
+def device_here(device: Device) -> "torch.device":
+    """What a training in this process computes on.
+
+    Raises:
+        ConfigError: a GPU is wanted, and there is none.
+    """
+    import torch
+
+    if device == "gpu" and not torch.cuda.is_available():
+        raise ConfigError("--device gpu: this machine has no GPU that PyTorch can use")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _write_graphs(network: Path) -> None:
@@ -142,7 +153,7 @@ def train_on_ray(
                 cause = _own_error(error)
                 reason = str(cause or _dead_workers(error, run) or f"{type(error).__name__}: {error}").strip()
                 now = checkpoints(run / "checkpoints")[-1:]
-                failures = failures + 1 if now == before else 1
+                failures = failures + 1 if now == before else 0
                 if (cause and not isinstance(cause, RankError)) or failures == _ATTEMPTS:
                     raise AsrError(f"{reason} (run again to go on from the last checkpoint in {run})") from error
                 display.note(f"{reason}; starting again from {now[0].name if now else 'the beginning'}")

@@ -284,3 +284,23 @@ def test_kaldi_and_csv_rows_are_predicted_with_what_is_known(tmp_path: Path) -> 
 def test_names_tell_manifests_from_recordings() -> None:
     assert all(map(is_manifest, map(Path, ("a.jsonl", "b.jsonl.gz", "c.CSV", "d.tsv", "wav.scp"))))
     assert not any(map(is_manifest, map(Path, ("a.wav", "b.json.mp3", "folder", "c.scp"))))
+
+
+def test_an_interrupted_overwrite_leaves_the_complete_file(tmp_path: Path) -> None:
+    manifest, out = manifest_of(tmp_path, 150), tmp_path / "out"
+    assert run(manifest, "-o", out) == 0
+    complete = (out / "test.pred.jsonl").read_bytes()
+    begun = transcribe([manifest], ToyOptions(), output_dir=out, overwrite=True)
+    next(iter(begun))
+    del begun  # as an interruption ends it
+    assert list(out.glob(".*.part-*"))
+    assert run(manifest, "-o", out) == 0
+    assert (out / "test.pred.jsonl").read_bytes() == complete and not list(out.glob(".*.part-*"))
+
+
+def test_the_error_of_an_earlier_prediction_does_not_stay(tmp_path: Path) -> None:
+    manifest = manifest_of(tmp_path, 2)
+    rows = [json.loads(line) | {"error": "no such file"} for line in manifest.read_text().splitlines()]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(manifest, "-o", tmp_path / "out") == 0
+    assert not any("error" in row for row in predictions(tmp_path / "out" / "test.pred.jsonl"))

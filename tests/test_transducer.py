@@ -187,6 +187,8 @@ def test_a_transducer_is_trained_on_a_network_that_stays_as_it_is(
 
 def check_frozen(start: Path, folder: Path) -> None:
     """Assert that two networks are the same to the last bit but for their transducers."""
+    priors, kept = (load_network(f).log_priors for f in (start, folder))
+    np.testing.assert_array_equal(np.array(priors), np.array(kept))
     before, after = (load_network(f).state_dict() for f in (start, folder))
     assert {name for name in after if not (name.startswith("transducer.") or ".joint." in name)} == before.keys()
     for name, value in before.items():

@@ -126,10 +126,10 @@ def words_from_tokens(
         if token.endswith(" "):
             close()
     close()
-    return _with_length(words, start, end, frame / 2)
+    return with_length(words, start, end, frame / 2)
 
 
-def _with_length(words: list[Word], start: float, end: float, shortest: float) -> list[Word]:
+def with_length(words: list[Word], start: float, end: float, shortest: float) -> list[Word]:
     """Words at the edges of their segment [start, end), where its limits leave nothing of them, get some of it back."""
     found: list[Word] = []
     for word in reversed(words):

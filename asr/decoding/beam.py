@@ -447,12 +447,12 @@ class BeamDecoder:
             cut = min([latest, *(span.start_frame for span in spans[sure:] if span.token != space)])
             cut = cut if cut > self._first else latest
             self.written += spans[:sure]
-            if self.written and self.written[-1].token != space:
-                self.written.append(TokenSpan(space, self.written[-1].end_frame, cut, 1.0))
         else:
             spaces = [span.end_frame for span in spans if span.token == space and span.end_frame <= latest]
             cut = spaces[-1] if spaces else latest
             self.written += [span for span in spans if span.end_frame <= cut]
+        if self.written and self.written[-1].token != space:  # the space may be heard with the next word alone
+            self.written.append(TokenSpan(space, self.written[-1].end_frame, cut, 1.0))
         rest = np.concatenate(self._blocks)[cut - self._first :]
         self._blocks, self._frames, self._first, self._running = [rest], len(rest), cut, None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from asr.decoding import Word
+from asr.decoding import Word, with_length
 from asr.decoding.sound import FRAME_SECONDS, smooth, sounds
 from asr.errors import ModelError
 from asr.files import write_atomically
@@ -76,10 +76,9 @@ class Calibration:
         confidences = [word.confidence for word in words]
         if self.confidence:
             confidences = probability(evidence(words), np.array(self.confidence)).tolist()
-        return [
-            replace(word, start=s, end=e, confidence=c)
-            for word, s, e, c in zip(words, starts, ends, confidences, strict=True)
-        ]
+        timed = zip(words, starts, ends, confidences, strict=True)
+        found = [replace(word, start=s, end=e, confidence=c) for word, s, e, c in timed]
+        return with_length(found, start, end, _SHORTEST / 2)
 
     def _borders(
         self, first: float, last: float, start: float, levels: np.ndarray | None

@@ -443,7 +443,9 @@ class Trainer:
         told = ", ".join(f"of {name} {cer:.1%}" for name, cer in scores.items())
         text = f"CER {told}" if self.dev is not None else f"no tuning data (data.dev): {kept} is kept"
         if self.ranks.rank == 0:
-            self.network.log_priors = self._measure_priors()
+            frozen = self.config.training.freeze_encoder  # what it says is as often right as it was
+            measured = load_network(self.config.init_from).log_priors if frozen else self._measure_priors()
+            self.network.log_priors = measured
             self.record.keep(self.network, self._folder)
         self.record.log("end", self.step, text=text)
         self.ranks.wait()

@@ -151,12 +151,18 @@ def _list_skipped(path: Path, inputs: Sequence[Path], problems: Sequence[Problem
     """List what failed, beside what failed of other inputs in earlier commands."""
     from pipelines.formats import write_text
 
-    mine = tuple(
-        f"{start}{mark}" for each in inputs for start in {str(each), os.path.abspath(each)} for mark in (":", os.sep)
-    )
-    named = {str(each) for each in inputs}
+    here = [os.path.abspath(each) for each in inputs]
+    mine = tuple(f"{each.rstrip(os.sep)}{mark}" for each in here for mark in (":", os.sep))
+
+    def is_mine(line: str) -> bool:
+        try:
+            where = os.path.abspath(json.loads(line)["where"])
+        except (ValueError, TypeError, KeyError):  # another program's
+            return False
+        return where in here or where.startswith(mine)
+
     old = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if path.is_file() else []
-    lines = [line for line in old if (where := json.loads(line)["where"]) not in named and not where.startswith(mine)]
+    lines = [line for line in old if not is_mine(line)]
     lines += [json.dumps(asdict(problem), ensure_ascii=False) for problem in problems]
     if lines:
         write_text(path, "".join(f"{line}\n" for line in lines))

@@ -117,8 +117,9 @@ def train(
     if dry_run:
         from asr.training.dry_run import dry_run as estimate
         from asr.training.start import with_absolute_paths
+        from pipelines.train import device_here
 
-        print(estimate(with_absolute_paths(chosen), folder))
+        print(estimate(with_absolute_paths(chosen), folder, device_here(device)))
         return
     from pipelines.train import train as run
 
