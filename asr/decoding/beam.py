@@ -225,6 +225,8 @@ class BeamSearch:
             edits = dict.fromkeys(edit for text in texts for edit in differences(best, text))
             single = {edited(best, [edit]): edit for edit in edits}
             new = [text for text in single if text not in weighed][:_CANDIDATES]
+            if not new:
+                break
             scores = self.weigh(readings, list(dict.fromkeys([(), best, *new])))
             gains = {single[text]: scores[text] - scores[best] for text in new}
             better = sorted((edit for edit, gain in gains.items() if gain > 0), key=lambda edit: -gains[edit])

@@ -39,11 +39,11 @@ def log_likelihoods(log_probs: np.ndarray, texts: Sequence[Sequence[Sequence[Seq
 
     alpha = np.zeros((size + 2, count))  # two states before the first that are never entered
     of_all = alpha.reshape(-1)
-    jumps = np.array([(to, come, i) for i, chain in enumerate(chains) for to, come in chain.jumps], np.int64)
-    steps = _distinct(*((jumps.reshape(-1, 3)[:, :2] + 2) * count + jumps.reshape(-1, 3)[:, 2:]).T)
+    jumps = np.array([(*jump, i) for i, chain in enumerate(chains) for jump in chain.jumps], np.int64).reshape(-1, 3)
+    steps = _distinct(*((jumps[:, :2] + 2) * count + jumps[:, 2:]).T)
     alpha[2:4] = 1.0
-    for column, chain in enumerate(chains):
-        alpha[[to + 2 for to, come in chain.jumps if come == 0], column] = 1.0
+    first = jumps[jumps[:, 1] == 0]  # the other ways of first words
+    alpha[first[:, 0] + 2, first[:, 2]] = 1.0
 
     # Probabilities, with their sum set to 1 every few frames, cost less than a fifth of logarithms.
     probabilities = np.zeros((frames, nothing + 1))

@@ -17,7 +17,7 @@ from asr.decoding.transducer import TransducerSearch
 from asr.errors import AsrError, ConfigError, ModelError
 from asr.models import FORMAT_VERSION, Network, load_network
 from asr.nn.layer import valid
-from asr.runtime.folder import WEIGHTS_FILE
+from asr.runtime.folder import WEIGHTS_FILE, read_priors
 from asr.text import Tokenizer
 from asr.training.checkpoint import average_weights, checkpoints, load_checkpoint, random_state
 from asr.training.crf import trigrams
@@ -443,9 +443,8 @@ class Trainer:
         told = ", ".join(f"of {name} {cer:.1%}" for name, cer in scores.items())
         text = f"CER {told}" if self.dev is not None else f"no tuning data (data.dev): {kept} is kept"
         if self.ranks.rank == 0:
-            frozen = self.config.training.freeze_encoder  # what it says is as often right as it was
-            measured = load_network(self.config.init_from).log_priors if frozen else self._measure_priors()
-            self.network.log_priors = measured
+            frozen = self.config.training.freeze_encoder  # what it says is what it said
+            self.network.log_priors = read_priors(Path(self.config.init_from)) if frozen else self._measure_priors()
             self.record.keep(self.network, self._folder)
         self.record.log("end", self.step, text=text)
         self.ranks.wait()
