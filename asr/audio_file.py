@@ -21,7 +21,7 @@ _SEEK_LEAD_SECONDS = 1.0  # decoded and dropped before an offset: MP3 and Opus n
 _SPHERE_HEADER = 1024  # bytes
 _LOST_BYTES = 64  # some writers count the header in the data chunk's size
 _MOST_CHUNKS = 1000  # of a WAV file; one that was allocated and never written is zeros, which look like chunks
-_UNKNOWN_FRAMES = 1 << 60  # libsndfile declares 2^63 - 1 frames where a header leaves them open
+_UNKNOWN = 1 << 60  # frames or bytes: 2^63 - 1, or nearly, is declared where a header leaves them open
 _DAMAGED = "{path}: truncated or damaged: decoding stopped after {seconds:.2f} s: {reason}"
 _FFMPEG_HINT = "M4A, AAC, WebM and video need ffmpeg, which is not installed"
 _FFMPEG_FORMATS = (
@@ -72,16 +72,17 @@ def open_audio(path: str | Path) -> "_SoundFile | _Ffmpeg":
 
 
 def _checked(path: str | Path, file: FileIO, size: int) -> FileIO:
-    """Compare what a WAV, RF64, AIFF, AU, SPHERE or Ogg file declares with the bytes that it has; libsndfile does not.
+    """Compare what a file declares with the bytes that it has, where libsndfile does not.
 
-    Returns `file`, or a view of it where a writer into a pipe left the size of the audio at 0.
+    It does not of WAV, RF64, W64, AIFF, AU, SPHERE and Ogg. Returns `file`, or a view of it where a writer into a pipe
+    left the size of the audio at 0.
     """
     file.seek(0)
     head = file.read(12).ljust(12, b"\0")
     kind, _, form = struct.unpack("4s4s4s", head)
     lost, view = 0, file
     if form in (b"WAVE", b"AIFF", b"AIFC"):
-        start, length = _audio_chunk(file, header=">4sI" if kind == b"FORM" else "<4sI")
+        start, length = _audio_chunk(file, size, header=">4sI" if kind in (b"FORM", b"RIFX") else "<4sI")
         there = size - start
         # Other such writers leave the most that 32 or 31 bits can hold; libsndfile understands them.
         if not (0xFFFF_F000 <= length <= 0xFFFF_FFFF or 0x7FFF_F000 <= length <= 0x7FFF_FFFF):
@@ -90,8 +91,12 @@ def _checked(path: str | Path, file: FileIO, size: int) -> FileIO:
             file.seek(start)
             if not file.read(4).isalpha():  # letters: the next chunk, after no audio at all
                 view = _WithDataSize(file, start - 4, there)
-    elif kind == b".snd":
-        start, length = struct.unpack(">4xII", head)
+    elif kind == b"riff":  # Sony's Wave64: its chunks have GUIDs for names, and count their headers
+        file.seek(40)
+        start, length = _audio_chunk(file, size, header="<4s12xQ", counted=24, multiple=8)
+        lost = start + length - size if length < _UNKNOWN else 0
+    elif kind in (b".snd", b"dns."):
+        start, length = struct.unpack(">4xII" if kind == b".snd" else "<4xII", head)
         lost = start + length - size if length != 0xFFFF_FFFF else 0
     elif head.startswith(b"NIST_1A"):
         file.seek(0)
@@ -106,19 +111,26 @@ def _checked(path: str | Path, file: FileIO, size: int) -> FileIO:
     return view
 
 
-def _audio_chunk(file: FileIO, header: str) -> tuple[int, int]:
-    """Where the audio of a WAV or AIFF file begins, and how many bytes it declares; (0, 0): not found."""
+def _audio_chunk(file: FileIO, size: int, header: str, counted: int = 0, multiple: int = 2) -> tuple[int, int]:
+    """Where the audio of a WAV, W64 or AIFF file begins, and how many bytes it declares; (0, 0): not found.
+
+    Args:
+        size: of the file, bytes.
+        header: of a chunk, as of struct: its name and length.
+        counted: bytes of the header that the length includes.
+        multiple: of so many bytes each chunk is filled up to.
+    """
     long_size = 1 << 63  # of RF64's data, from its ds64 chunk
     for _ in range(_MOST_CHUNKS):
-        if len(chunk := file.read(8)) < 8:
+        if len(chunk := file.read(struct.calcsize(header))) < struct.calcsize(header):
             break
         name, length = struct.unpack(header, chunk)
-        start = file.tell()
+        start, length = file.tell(), max(length - counted, 0)
         if name == b"ds64":
             long_size = int.from_bytes(file.read(16)[8:], "little")
         if name in (b"data", b"SSND"):
             return start, long_size if length == 0xFFFF_FFFF and long_size < 1 << 63 else length
-        file.seek(start + length + length % 2)
+        file.seek(min(start + length + -length % multiple, size))
     return 0, 0
 
 
@@ -164,7 +176,7 @@ class _SoundFile:
         self._sound.seekable = lambda: False
         self.rate, self.channels = self._sound.samplerate, self._sound.channels
         frames = self._sound.frames
-        self.frames = frames if frames < _UNKNOWN_FRAMES else None
+        self.frames = frames if frames < _UNKNOWN else None
         self._position = 0
 
     def skip(self, frames: int) -> None:

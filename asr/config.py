@@ -190,7 +190,7 @@ class TrainingConfig:
     accumulate: int = 1  # batches to an update
     optimizer: str = "adamw"  # or "muon" (asr.training.optimizer): fewer updates, for batches of minutes
     learning_rate: float = 2e-3  # the highest; it falls to 0 at the end
-    warmup_steps: int = 300  # updates until it is reached
+    warmup_steps: int = 300  # updates until it is reached: at most a tenth of all
     weight_decay: float = 1e-2  # of all weights, a step, times the learning rate
     clip_norm: float = 2.0  # of the whole gradient
     clip_value: float = 0.0  # of each of its entries, after clip_norm; 0: off
@@ -242,7 +242,7 @@ class TrainingConfig:
         _check(0 <= self.crf_start < 1, "training.crf_start", self.crf_start, "0 up to 1")
         _check(self.score_epochs >= 1, "training.score_epochs", self.score_epochs, "at least 1")
         _check(self.average >= 1, "training.average", self.average, "at least 1")
-        _check(self.patience >= 0, "training.patience", self.patience, "0 (never stop early) or more epochs")
+        _check(self.patience >= 0, "training.patience", self.patience, "0 (never stop early) or more scorings")
         _check(1 <= self.hang_seconds <= 1e6, "training.hang_seconds", self.hang_seconds, "1 to 1000000")
 
 

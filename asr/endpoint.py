@@ -136,7 +136,6 @@ class Endpointer:
                 self.paused, spoken = blank >= 2 * silence, written > self._last_cut
         if self.paused and length >= silence and (spoken or length >= self._leading):
             return self._now - silence * 3 // 4, self._now - silence // 4
-        if length >= self._max:
-            latest = self._last_cut + self._max
-            return latest - self._search, latest
+        if length + UNIT > self._max:  # else what follows might be too long before it is judged, or end there
+            return self._now - self._search, self._now
         return None

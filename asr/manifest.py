@@ -315,7 +315,8 @@ def _read_recordings(folder: Path) -> Iterator[_Row | Problem]:
 def _read_table(path: Path) -> Iterator[_Row | Problem]:
     """CSV or TSV; the header says which columns there are, and what parts them."""
     with _open_text(path) as file:
-        titles, delimiter = _titles(file.readline())
+        rows = enumerate(file, 1)
+        titles, delimiter = _titles(next((line for _, line in rows if line.strip()), ""))
         columns = {
             field: next(titles.index(name) for name in names if name in titles)
             for field, names in _NAMES.items()
@@ -325,7 +326,7 @@ def _read_table(path: Path) -> Iterator[_Row | Problem]:
             wanted = " or ".join(_NAMES["audio"])
             reason = f"not a manifest: its first line has no column {wanted}"
             raise ManifestError(f"{path}: {reason}; give {_FORMATS}")
-        for number, line in enumerate(file, 2):
+        for number, line in rows:
             where = f"{path}:{number}"
             if not line.strip():
                 continue

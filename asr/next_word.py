@@ -122,8 +122,10 @@ def generate(
         top_k: draw from the k most probable words alone; 0: from all.
 
     Raises:
-        ConfigError: the temperature is not in 0.0001 to 10000, or top_k is below 0.
+        ConfigError: the temperature is not in 0.0001 to 10000, or words or top_k are below 0.
     """
+    if words < 0:
+        raise ConfigError(f"words {words}: must be 0 or more")
     if not 1e-4 <= temperature <= 1e4:
         raise ConfigError(f"temperature {temperature:g}: must be 0.0001, where the likeliest word is drawn, to 10000")
     if top_k < 0:

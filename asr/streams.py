@@ -101,7 +101,9 @@ class Streams:
         self._patience, self._rows, self._threads = wait_ms / 1000, max_batch, threads
         self._streams: set[Stream] = set()
         self._closed = False
-        self._lock = threading.Lock()  # of both, and of what streams have waiting
+        # Of both, and of what streams have waiting. What a stream asks for goes into the inbox within it: so none of
+        # that comes behind `_end`, where nobody would answer.
+        self._lock = threading.Lock()
         # What the engine's thread shall do, in this order. It alone touches sessions and what follows.
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._ready: Gathering[Stream] = Gathering()
@@ -191,10 +193,10 @@ class Streams:
             self._serve()
         except BaseException:  # a defect: nobody shall wait for what will never come
             with self._lock:
-                self._closed = True
-                for stream in self._streams:
+                self._closed, streams = True, list(self._streams)
+                for stream in streams:
                     stream.closed = True
-            for stream in self._streams:
+            for stream in streams:
                 stream._drop()
             with contextlib.suppress(Empty):
                 while True:
@@ -308,7 +310,7 @@ class Stream:
         with self._streams._lock:
             self._streams._streams.discard(self)
             self.closed = True
-        self._streams._inbox.put(self._drop)
+            self._streams._inbox.put(self._drop)
 
     def _ask(self, start: Callable[[], Work[_T] | _T], seconds: float = 0.0, last: bool = False) -> "Future[_T]":
         job = _Job(start, Future(), seconds)
@@ -326,7 +328,7 @@ class Stream:
                 )
             self._given += seconds
             self._finishing = last
-        self._streams._inbox.put(lambda: self._add(job))
+            self._streams._inbox.put(lambda: self._add(job))
         return job.future
 
     # What follows, the engine's thread calls.

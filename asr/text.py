@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from asr.errors import TextError
@@ -11,27 +11,42 @@ BLANK = "<blank>"
 SPACE = "<space>"
 _APOSTROPHES = str.maketrans({"’": "'", "ʼ": "'", "‘": "'", "`": "'"})
 # Accents that stand alone: NFKC would make a space of them, and an accent for it to carry.
-_ACCENTS = str.maketrans({"´": "'", "᾽": "'", "᾿": "'", **dict.fromkeys("¨¯¸˘˙˚˛˜˝΄΅", " ")})
-_DOTTED_I = "i\u0307"  # what Turkish \u0130 is in lower case
+_ACCENTS = {
+    **dict.fromkeys("´\u1ffd᾽᾿", "'"),
+    **dict.fromkeys("¨¯¸˘˙˚˛˜˝ͺ΄΅῀῁῍῎῏῝῞῟῭\u1fee῾‗‾゛゜\ufe49\ufe4a\ufe4b\ufe4c￣", " "),
+    **dict.fromkeys("\ufc5e\ufc5f\ufc60\ufc61\ufc62\ufc63\ufe70\ufe72\ufe74\ufe76\ufe78\ufe7a\ufe7c\ufe7e", " "),
+}
+_DOTTED_I = re.compile("i\u0307+")  # what Turkish \u0130 is in lower case
 _ZERO_WIDTH_SPACE = "\u200b"
 _INSIDE_WORDS = "'\u200c\u200d"
 _TAG = re.compile(r"<[^\s<>](?:[^<>]{0,38}[^\s<>])?>|\[[^\[\]]{1,40}\]")  # not "a < b > c"
 
 
-class _Kept(dict[int, str]):
-    """Each character as it stays: a space in place of punctuation, nothing in place of what cannot be seen."""
+class _Table(dict[int, str]):
+    """What `rule` makes of each character, for str.translate."""
+
+    def __init__(self, rule: Callable[[str], str]) -> None:
+        super().__init__()
+        self._rule = rule
 
     def __missing__(self, code: int) -> str:
-        kept = character = chr(code)
-        kind = unicodedata.category(character)
-        if character not in _INSIDE_WORDS and kind[0] in "PSZC":
-            seen = kind != "Cf" or character == _ZERO_WIDTH_SPACE  # not a soft hyphen, or the direction of writing
-            kept = " " if seen else ""
-        self[code] = kept
-        return kept
+        self[code] = made = self._rule(chr(code))
+        return made
 
 
-_KEPT = _Kept()
+def _seen(character: str) -> str:
+    """Nothing in place of what cannot be seen (a soft hyphen, the direction of writing), and no accent alone."""
+    if unicodedata.category(character) == "Cf" and character not in _INSIDE_WORDS + _ZERO_WIDTH_SPACE:
+        return ""
+    return _ACCENTS.get(character, character)
+
+
+def _kept(character: str) -> str:
+    """A space in place of punctuation."""
+    return " " if unicodedata.category(character)[0] in "PSZC" and character not in _INSIDE_WORDS else character
+
+
+_SEEN, _KEPT = _Table(_seen), _Table(_kept)
 
 
 def normalize(text: str) -> str:
@@ -40,8 +55,9 @@ def normalize(text: str) -> str:
     An apostrophe is kept inside a word ("don't") and dropped at its edges, as are the joiners by which some scripts
     write; a hyphen or a slash parts words. What stands in <> or [] is no speech: "[laughter]", "<unk>".
     """
-    text = unicodedata.normalize("NFKC", text.translate(_ACCENTS)).lower()
-    text = text.replace(_DOTTED_I, "i").translate(_APOSTROPHES)
+    # What cannot be seen goes first: it would keep a letter and its accent from being one character.
+    text = unicodedata.normalize("NFKC", text.translate(_SEEN)).lower()
+    text = _DOTTED_I.sub("i", text).translate(_APOSTROPHES)
     text = _TAG.sub(" ", unicodedata.normalize("NFKC", text))
     words = (word.strip(_INSIDE_WORDS) for word in text.translate(_KEPT).split())
     return " ".join(word for word in words if word)

@@ -132,7 +132,7 @@ def generate(
 
     Raises:
         ModelError: there is no next-word model in the folder.
-        ConfigError: the temperature is not above 0.
+        ConfigError: an argument that is not allowed.
     """
     model, _ = next_word.load(folder or shipped_model())
     prompt = normalize(prompt)

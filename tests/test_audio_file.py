@@ -97,13 +97,33 @@ def test_a_wav_of_zeros_is_refused_at_once(tmp_path):
     refusal(path)
 
 
-@pytest.mark.parametrize("format", ["AU", "NIST"])
-def test_other_formats_are_held_to_what_they_declare(tmp_path, format):
+@pytest.mark.parametrize(
+    ("format", "endian", "subtype"),
+    [
+        ("AU", "FILE", "PCM_16"),
+        ("AU", "LITTLE", "PCM_16"),
+        ("NIST", "FILE", "PCM_16"),
+        ("WAV", "BIG", "PCM_16"),  # RIFX
+        ("W64", "FILE", "PCM_16"),
+        ("W64", "FILE", "FLOAT"),  # with a chunk before the audio
+    ],
+)
+def test_other_formats_are_held_to_what_they_declare(tmp_path, format, endian, subtype):
     path = tmp_path / "a.sph"
-    soundfile.write(path, noise(2.0), 16_000, format=format)
+    soundfile.write(path, noise(2.0), 16_000, format=format, endian=endian, subtype=subtype)
     assert len(read_audio(path)) == 32_000
     path.write_bytes(path.read_bytes()[: round(0.99 * path.stat().st_size)])
     assert "truncated" in refusal(path)
+
+
+@pytest.mark.parametrize(("chunk", "size"), [(b"data", (1 << 63) - 1), (b"fact", (1 << 63) - 1), (b"fact", 0)])
+def test_a_w64_whose_sizes_say_nothing_is_read_to_its_end(tmp_path, chunk, size):
+    path = write(tmp_path / "a.w64", tone(1.0), subtype="FLOAT")
+    data = bytearray(path.read_bytes())
+    at = data.index(chunk) + 16
+    data[at : at + 8] = struct.pack("<Q", size)
+    path.write_bytes(data)
+    assert len(read_audio(path)) == 16_000
 
 
 @pytest.mark.parametrize("kind", ["a.flac", "a.mp3"])

@@ -483,7 +483,7 @@ def test_what_several_texts_have_right_comes_together(monkeypatch: pytest.Monkey
     found = [(0, 2, 0, 4, 0, 6), (0, 2, 3, 4, 0, 6), (1, 2, 0, 4, 0, 6), (0, 2, 0, 4, 5, 6, 7)]
     search = phone_search()
 
-    def weigh(readings: object, texts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
+    def weigh(readings: object, texts: Sequence[tuple[int, ...]], _: object) -> dict[tuple[int, ...], float]:
         return {text: -float(Levenshtein.distance(text, said)) for text in texts}
 
     monkeypatch.setattr(search, "weigh", weigh)
@@ -518,6 +518,12 @@ def test_what_sounds_a_little_like_a_word_is_silence(loudness: float, heard: str
     decoder = phone_search(phone_share=1.0)()
     decoder.accept(log_probs)
     assert text(decoder.finish()[0].tokens, (*TOKENS, "w")) == heard
+
+
+def test_by_phones_alone_too_a_text_needs_frames_for_its_letters() -> None:
+    decoder = phone_search(said=[("to", "T"), ("be", "B"), ("bee", "B")], phone_share=1.0)()
+    decoder.accept(both("__", "T B", 0.95))
+    assert len(decoder.finish()[0].tokens) <= 2
 
 
 def test_a_next_word_model_weighs_what_the_searches_found(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from asr.decoding.calibration import (
 )
 from asr.decoding.sound import Levels, _percentile, levels_of, smooth, sounds
 from asr.errors import ModelError
+from asr.snapshot import Snapshot
 
 RATE = 16_000
 
@@ -151,6 +152,16 @@ def test_levels_do_not_depend_on_how_samples_come(sizes: list[int], seed: int) -
     first, second = levels.take(0.1), levels.take(1.0)
     assert np.array_equal(np.concatenate([first, second]), levels_of(samples))
     assert len(first) == 10
+
+
+def test_a_long_segments_levels_are_kept_in_few_arrays() -> None:
+    """Each one that is saved takes some 250 bytes, beside the 4 of a level."""
+    samples = np.random.default_rng(0).standard_normal(30 * RATE).astype(np.float32)
+    levels = Levels()
+    for block in np.split(samples, 3_000):
+        levels.accept(block)
+    assert len(Snapshot.write(levels, {})) < 4 * 3_000 + 70 * 300
+    assert np.array_equal(levels.take(30.0), levels_of(samples))
 
 
 @given(st.lists(st.floats(-200, 200, width=32), min_size=1, max_size=50), st.sampled_from([0.1, 0.98]))

@@ -30,9 +30,9 @@ def test_the_likelihood_is_that_of_pytorchs_ctc_loss(frames: int, sequences: lis
     wide = torch.from_numpy(log_probs)[:, None].expand(-1, len(sequences), -1)
     losses = torch.nn.functional.ctc_loss(wide, flat, torch.full((len(sequences),), frames), lengths, reduction="none")
     texts = [[[sequence]] if sequence else [] for sequence in sequences]
-    np.testing.assert_allclose(log_likelihoods(log_probs, texts), -losses.numpy(), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(log_likelihoods([log_probs], texts)[0], -losses.numpy(), rtol=1e-9, atol=1e-9)
     as_words = [[[[label]] for label in sequence] for sequence in sequences]
-    np.testing.assert_allclose(log_likelihoods(log_probs, as_words), -losses.numpy(), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(log_likelihoods([log_probs], as_words)[0], -losses.numpy(), rtol=1e-9, atol=1e-9)
 
 
 ways = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3), min_size=1, max_size=3)
@@ -46,11 +46,20 @@ ways = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3), min_size=1,
 )
 def test_the_ways_to_write_words_add_up(frames: int, texts: list[list[list[list[int]]]], seed: int) -> None:
     log_probs = network_output(frames, 5, seed)
-    for found, words in zip(log_likelihoods(log_probs, texts), texts, strict=True):
+    for found, words in zip(log_likelihoods([log_probs], texts)[0], texts, strict=True):
         each = (
             [[[[label for way in chosen for label in way]]] for chosen in itertools.product(*words)] if words else [[]]
         )
-        np.testing.assert_allclose(found, np.logaddexp.reduce(log_likelihoods(log_probs, each)), rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(
+            found, np.logaddexp.reduce(log_likelihoods([log_probs], each)[0]), rtol=1e-9, atol=1e-9
+        )
+
+
+def test_several_readings_are_as_each_by_itself() -> None:
+    readings = [network_output(frames, 5, frames) for frames in (9, 3, 14)]
+    texts = [[[[1, 2], [3]], [[4]]], [], [[[2]], [[2, 2], [1]]]]
+    alone = [log_likelihoods([reading], texts)[0] for reading in readings]
+    np.testing.assert_array_equal(log_likelihoods(readings, texts), alone)
 
 
 def test_a_long_utterance_does_not_underflow() -> None:
@@ -60,13 +69,13 @@ def test_a_long_utterance_does_not_underflow() -> None:
         torch.from_numpy(log_probs)[:, None], torch.tensor([sequence]), torch.tensor([2000]), torch.tensor([600]),
         reduction="none",
     )  # fmt: skip
-    assert log_likelihoods(log_probs, [[[sequence]]])[0] == pytest.approx(-float(loss), rel=1e-9)
+    assert log_likelihoods([log_probs], [[[sequence]]])[0, 0] == pytest.approx(-float(loss), rel=1e-9)
 
 
 def test_nothing_is_as_likely_as_all_its_blanks() -> None:
     log_probs = network_output(7, 4, 3)
-    assert log_likelihoods(log_probs, [[]])[0] == pytest.approx(log_probs[:, 0].sum())
-    assert log_likelihoods(log_probs, []).shape == (0,)
+    assert log_likelihoods([log_probs], [[]])[0, 0] == pytest.approx(log_probs[:, 0].sum())
+    assert log_likelihoods([log_probs], []).shape == (1, 0)
 
 
 @settings(max_examples=60, deadline=None)

@@ -56,7 +56,7 @@ def test_cuts_do_not_depend_on_how_the_samples_arrive(
     whole = Endpointer(config).accept(audio)
     assert cuts_of(audio, config, (*sizes, 1600)) == whole
     assert all(0 < a < b for a, b in zip([1, *whole], [*whole, len(audio) + 1], strict=True))
-    assert np.diff([0, *whole, len(audio)]).max() <= 2.1 * RATE
+    assert np.diff([0, *whole, len(audio)]).max() <= 2 * RATE
 
 
 @pytest.mark.parametrize("offset", [0, -0.1])
@@ -101,6 +101,17 @@ def test_a_forced_cut_falls_on_the_quietest_ten_milliseconds_of_the_last_five_se
     audio[quiet : quiet + 160] *= 0.01
     config = EndpointConfig(leading_silence=100.0)
     assert cuts_of(audio, config) == [quiet + 80]
+
+
+def test_no_segment_is_longer_than_the_limit_wherever_audio_ends() -> None:
+    endpointer = Endpointer(EndpointConfig(trailing_silence=0.2, max_segment=2.0))
+    accepted = last = 0
+    for block in np.array_split(speech(60, seed=1), 60 * 40):  # of 25 ms, which may be the last one
+        accepted += len(block)
+        for cut in endpointer.accept(block):
+            assert cut - last <= 2 * RATE
+            last = cut
+        assert accepted - last <= 2 * RATE
 
 
 def test_silence_closes_segments_too() -> None:

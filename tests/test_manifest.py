@@ -305,6 +305,8 @@ def test_tables_with_bad_rows(tmp_path):
     assert "duration" in problems[0].reason and "1 columns, the header 3" in problems[1].reason
     assert "no column" in refusal(lines(tmp_path / "headless.csv", "a.wav,hello", "b.wav,you"))
     assert [u.text for u in good(lines(tmp_path / "audio.csv", "audio", "a.wav"))] == [None]
+    late = lines(tmp_path / "late.csv", "", "  ", "audio,text", "", "a.wav,a")
+    assert [(u.text, u.where) for u in good(late)] == [("a", f"{late}:5")]
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,9 @@ def test_cold_or_from_one_word_it_takes_the_most_probable(trained: Path) -> None
         list(generate(model, "ben", temperature=0.0))
     with pytest.raises(ConfigError, match="top_k -1"):
         list(generate(model, "ben", top_k=-1))
+    with pytest.raises(ConfigError, match="words -1: must be 0 or more"):
+        generate(model, "ben", words=-1)
+    assert list(generate(model, "ben", words=0)) == []
 
 
 @pytest.mark.parametrize("kind", CELLS)
@@ -274,5 +277,7 @@ def test_what_the_commands_refuse(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "model" / "offline").mkdir(parents=True)
     assert run("train-lm", text, "--out", tmp_path / "model", "--kind", "gru") == 2
     assert "its search reads --kind lstm alone" in capsys.readouterr().err
+    assert run("generate", "one", "--words", -1) == 2
+    assert "--words" in (said := capsys.readouterr().err) and "-1" in said
     assert run("generate", "one", "--model", tmp_path) == 1
     assert "no next-word model; make one with `asr train-lm" in capsys.readouterr().err

@@ -264,6 +264,34 @@ def test_what_is_closed_cancels_its_futures_and_says_so(gated: tuple[Recognizer,
     assert not [t for t in threading.enumerate() if t.name.startswith("asr-") and t.is_alive()]
 
 
+@pytest.mark.parametrize("during", ["feed", "close"])
+def test_what_is_asked_while_all_is_closed_is_answered(during: str) -> None:
+    """Whoever leaves the lock finds that another thread has closed all meanwhile."""
+    streams = Streams(recognizer()[0], wait_ms=3_600_000)
+    stream, other = streams.open(), streams.open()  # of which one waits for the other
+    block = np.zeros(16_000, np.float32)
+    future = stream.feed(block)
+    result(other.save())  # so that was begun
+
+    class ThenClosed:
+        def __enter__(self) -> None:
+            lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            lock.release()
+            streams._lock = lock
+            thread = threading.Thread(target=streams.close)
+            thread.start()
+            thread.join()
+
+    lock, streams._lock = streams._lock, ThenClosed()  # type: ignore[assignment]
+    if during == "feed":
+        future = stream.feed(block)
+    else:
+        stream.close()
+    assert future.cancelled()
+
+
 def test_a_cancelled_future_loses_no_audio(gated: tuple[Recognizer, GatedEngine]) -> None:
     model, engine = gated
     audio = conversation([(2.0, 0.6)])

@@ -1,9 +1,11 @@
 """Text: normalisation and the tokenizer, in any script."""
 
+import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from asr.errors import TextError
@@ -34,7 +36,12 @@ def test_normalize(written: str, normal: str) -> None:
     assert normalize(written) == normal
 
 
-@given(st.text())
+ODD = "aeiIİΣ' -<[\u00ad\u200b\u200d\u0301\u0307\u0323´˘ﹰ"  # what combines, or keeps others from it
+
+
+@example("e\u00ad\u0301")
+@example("i\u0307\u0307")
+@given(st.text() | st.text(st.sampled_from(ODD) | st.characters(categories=["Cf", "Mn"])))
 def test_normalizing_twice_changes_nothing(text: str) -> None:
     assert normalize(normalize(text)) == normalize(text)
 
@@ -65,6 +72,21 @@ def test_a_vocabulary_without_blank_is_refused(tmp_path: Path) -> None:
 def test_accents_that_stand_alone_are_apostrophes_or_nothing() -> None:
     assert normalize("Wie geht´s? L´été, ¨Hallo¨ ¸ ˘") == "wie geht's l'été hallo"
     assert normalize("a´") == "a"
+    assert normalize("か゛ ῏Ω ΄α α΅ \ufc5e") == "か ω α α"
+
+
+def test_all_accents_that_stand_alone_are_known() -> None:
+    """What NFKC makes a space and accents of."""
+    for character in map(chr, range(sys.maxunicode + 1)):
+        if unicodedata.decomposition(character):
+            first, *others = unicodedata.normalize("NFKC", character)
+            if first == " " and others and all(unicodedata.category(other)[0] == "M" for other in others):
+                assert normalize(f"a{character}b") in ("ab", "a b", "a'b"), f"U+{ord(character):04X}"
+
+
+def test_an_accent_finds_its_letter_behind_what_cannot_be_seen() -> None:
+    assert normalize("caf" + "e\u00ad\u0301") == "café"
+    assert normalize("I\u200e\u0307\u0307") == "i"
 
 
 def test_signs_are_no_tags() -> None:

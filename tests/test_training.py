@@ -131,6 +131,24 @@ def test_a_run_refuses_to_go_on_with_other_data(tmp_path: Path) -> None:
     run_training(tone_config(write_corpus(folder, rows=6), epochs=1), tmp_path / "run")
 
 
+@pytest.mark.parametrize("what", ["phones", "source"])
+def test_a_run_refuses_to_go_on_with_other_phones_or_sources(tmp_path: Path, what: str) -> None:
+    def spoken(**other: str) -> Path:
+        extra = row("new", "low mid", np.zeros(16_000)) | other
+        return write_corpus(tmp_path / "d", rows=6, extra=[extra])
+
+    folder, run = spoken(), tmp_path / "run"
+    config = changed(tone_config(folder, epochs=1), "data", weights={"tones": 0.9})
+    run_training(config, run)
+    known = json.loads((run / "data.json").read_text())
+    shutil.rmtree(folder)
+    spoken(**{what: "M I D"})
+    with pytest.raises(ConfigError, match=rf"\({what}s?\): was prepared anew"):
+        run_training(config, run)
+    (run / "data.json").write_text(json.dumps({str(folder): known[str(folder)]}))
+    run_training(config, run)  # started before it was kept
+
+
 def test_weights_of_a_source_that_is_not_there_are_refused(tmp_path: Path) -> None:
     config = tone_config(write_corpus(tmp_path / "d", rows=3))
     with pytest.raises(ConfigError, match=r"data\.weights\.tone: .* did you mean tones\?"):
@@ -246,7 +264,7 @@ def test_training_stops_when_it_gets_no_better(tmp_path: Path) -> None:
     for _ in range(2):  # run again, it is still done
         load_network(run_training(config, tmp_path / "run"))
         assert [r["epoch"] for r in log_rows(tmp_path / "run", "dev")] == [0, 1, 2]
-        assert "no better CER for 2 epochs" in log_rows(tmp_path / "run", "stop")[0]["text"]
+        assert "no better CER in the last 2 scorings" in log_rows(tmp_path / "run", "stop")[0]["text"]
     with pytest.raises(ConfigError, match="patience"):
         changed(config, "data", dev=())
 

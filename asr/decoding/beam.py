@@ -17,7 +17,7 @@ from asr.decoding.ctc import align, log_likelihoods
 from asr.decoding.hot_words import check_hot_words
 from asr.decoding.language_model import Automaton, Scorer
 from asr.decoding.lexicon_search import BLANK, IMPOSSIBLE, Found, Lexicon, Running, Tree, WordSpan, ranges, tree_of
-from asr.decoding.next_word import UNKNOWN_ID, TextScorer
+from asr.decoding.next_word import UNKNOWN_ID, Memories, TextScorer
 from asr.decoding.pronounced import NO_WORD, Pronounced
 from asr.errors import ConfigError, ModelError
 from asr.lexicon import Pronunciations
@@ -219,7 +219,12 @@ class BeamSearch:
             readings: see `weigh`.
             texts: what was found, the likeliest first.
         """
-        weighed = self.weigh(readings, list(dict.fromkeys([(), *texts[:_CANDIDATES]])))
+        memories = self._next_word.memories() if self._next_word else None
+
+        def weigh(some: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
+            return self.weigh(readings, list(dict.fromkeys([(), *some])), memories)
+
+        weighed = weigh(texts[:_CANDIDATES])
         for _ in range(_ROUNDS):
             best = max(weighed, key=lambda words: weighed[words])
             edits = dict.fromkeys(edit for text in texts for edit in differences(best, text))
@@ -227,29 +232,30 @@ class BeamSearch:
             new = [text for text in single if text not in weighed][:_CANDIDATES]
             if not new:
                 break
-            scores = self.weigh(readings, list(dict.fromkeys([(), best, *new])))
-            gains = {single[text]: scores[text] - scores[best] for text in new}
-            better = sorted((edit for edit, gain in gains.items() if gain > 0), key=lambda edit: -gains[edit])
-            if len(better) > 1 and (together := edited(best, better)) not in scores:
-                both = self.weigh(readings, list(dict.fromkeys([(), best, together])))
-                scores[together] = scores[best] + both[together] - both[best]
-            # A memory may be another candidate's (see TextScorer): scores compare where they were found together.
-            weighed |= {text: weighed[best] + score - scores[best] for text, score in scores.items()}
+            weighed |= weigh(new)
+            better = sorted((text for text in new if weighed[text] > weighed[best]), key=lambda text: -weighed[text])
             if not better:
                 break
+            together = edited(best, [single[text] for text in better])
+            if together not in weighed:
+                weighed |= weigh([together])
         return weighed
 
-    def weigh(self, readings: Sequence[np.ndarray], texts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
+    def weigh(
+        self, readings: Sequence[np.ndarray], texts: Sequence[tuple[int, ...]], memories: Memories | None = None
+    ) -> dict[tuple[int, ...], float]:
         """The score of texts by what was heard, the mean of all readings, and by the language models.
 
         Args:
             readings: what the network says of the same audio, (frames, tokens + phones) each.
             texts: numbers of words.
+            memories: of the next-word model, of texts that were weighed before.
         """
         config, lengths = self.config, np.array([len(words) for words in texts])
         heard = self._heard([log_probs + self.offsets for log_probs in readings], texts)
         factor, more = _ONCE if self._said and len(readings) == 1 else (1.0, 0.0)
-        total = heard + factor * config.lm_weight * self._language(texts) + (config.word_score + more) * lengths
+        language = factor * config.lm_weight * self._language(texts, memories)
+        total = heard + language + (config.word_score + more) * lengths
         return dict(zip(texts, total.tolist(), strict=True))
 
     def _heard(self, readings: Sequence[np.ndarray], texts: Sequence[tuple[int, ...]]) -> np.ndarray:
@@ -257,27 +263,29 @@ class BeamSearch:
         share, vocabulary = self.config.phone_share if self._said else 0.0, self.vocab_size
         heard = np.zeros(len(texts))
         if self._said and share > 0:
-            by_phones = [self._said.log_likelihoods(reading[:, vocabulary:], texts) for reading in readings]
-            heard += share * np.mean(by_phones, axis=0)
+            by_phones = self._said.log_likelihoods([reading[:, vocabulary:] for reading in readings], texts)
+            heard += share * by_phones.mean(axis=0)
+        spellings = [[[self.spelling(words)]] if words else [] for words in texts]
+        spelled = log_likelihoods([reading[:, :vocabulary] for reading in readings], spellings).mean(axis=0)
+        silent = spelled == -np.inf  # more letters than frames: its words have no place
         if share < 1:
-            spellings = [[[self.spelling(words)]] if words else [] for words in texts]
-            spelled = np.mean([log_likelihoods(reading[:, :vocabulary], spellings) for reading in readings], axis=0)
             heard += (1 - share) * spelled
             nothing = [i for i, words in enumerate(texts) if not words]
-            silent = spelled < spelled[nothing].max(initial=-np.inf) + _SPELLED
-            silent[nothing] = False
-            heard[silent] = -np.inf
+            likely = spelled >= spelled[nothing].max(initial=-np.inf) + _SPELLED
+            likely[nothing] = True
+            silent |= ~likely
+        heard[silent] = -np.inf
         return heard
 
-    def _language(self, texts: Sequence[tuple[int, ...]]) -> np.ndarray:
+    def _language(self, texts: Sequence[tuple[int, ...]], memories: Memories | None) -> np.ndarray:
         """The base-10 log-probability of texts: of n-grams with hot words, and of the next-word model."""
         ngrams = self._scorer.texts(texts)
         if not self._next_word:
             return ngrams
         plain = self._plain.texts(texts) if self.config.hot_words else ngrams
-        numbers = [[self._numbers[word] for word in words] for words in texts]
+        numbers = [self._numbers[list(words)].tolist() for words in texts]
         unknown = np.array([self._shares[list(words)].sum() for words in texts])
-        network = self._next_word.log_probs(numbers) / math.log(10) + unknown
+        network = self._next_word.log_probs(numbers, memories) / math.log(10) + unknown
         return ngrams + self.config.network_share * (network - plain)
 
     def letters(self, word: int) -> list[int]:

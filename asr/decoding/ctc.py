@@ -13,62 +13,67 @@ from asr.decoding import TokenSpan
 _BLANK = 0
 _LEAST = -40.0  # log-probabilities below are taken for it: so many frames' product is a number yet
 _SCALED = 8  # frames
+_NEVER = np.iinfo(np.int64).max
 
 
-def log_likelihoods(log_probs: np.ndarray, texts: Sequence[Sequence[Sequence[Sequence[int]]]]) -> np.ndarray:
+def log_likelihoods(readings: Sequence[np.ndarray], texts: Sequence[Sequence[Sequence[Sequence[int]]]]) -> np.ndarray:
     """The natural-log likelihood of each text, over all its alignments and all ways to write its words.
 
     Args:
-        log_probs: (frames, labels), the blank being label 0.
+        readings: log-probabilities, (frames, labels) each, the blank being label 0.
         texts: of each its words, of each word the ways to write it: labels, one at the least, without blanks.
 
     Returns:
-        (texts,) float64; -inf for one that needs more frames than there are.
+        (readings, texts) float64; -inf for a text that needs more frames than there are.
     """
-    frames, nothing = log_probs.shape  # behind the last one: a label without probability
+    nothing = readings[0].shape[1]  # behind the last label: one without probability
     chains = [_Chain.of(words, nothing) for words in texts]
     size, count = max((len(chain.labels) for chain in chains), default=0), len(chains)
-    labels, soonest = np.full((size, count), nothing), np.full((size, count), frames)
+    labels, soonest = np.full((size, count), nothing), np.full((size, count), _NEVER)
     for column, chain in enumerate(chains):
         labels[: len(chain.labels), column] = chain.labels
         soonest[: len(chain.labels), column] = chain.soonest
     may_skip = np.zeros((size, count))
     may_skip[2:] = (labels[2:] != _BLANK) & (labels[2:] != labels[:-2])
-    first_frame = np.minimum.accumulate(soonest.min(axis=1, initial=frames)[::-1])[::-1]
-    reached = np.searchsorted(first_frame, np.arange(frames), side="right")  # states that can be entered by then
-
-    alpha = np.zeros((size + 2, count))  # two states before the first that are never entered
-    of_all = alpha.reshape(-1)
+    first_frame = np.minimum.accumulate(soonest.min(axis=1, initial=_NEVER)[::-1])[::-1]
     jumps = np.array([(*jump, i) for i, chain in enumerate(chains) for jump in chain.jumps], np.int64).reshape(-1, 3)
     steps = _distinct(*((jumps[:, :2] + 2) * count + jumps[:, 2:]).T)
-    alpha[2:4] = 1.0
-    first = jumps[jumps[:, 1] == 0]  # the other ways of first words
-    alpha[first[:, 0] + 2, first[:, 2]] = 1.0
 
-    # Probabilities, with their sum set to 1 every few frames, cost less than a fifth of logarithms.
-    probabilities = np.zeros((frames, nothing + 1))
-    probabilities[:, :-1] = np.exp(np.maximum(log_probs, _LEAST), dtype=np.float64)
-    total = np.zeros(count)
-    for t, frame in enumerate(probabilities):
-        some = alpha[2 : reached[t] + 2]
-        if t:
-            entered = alpha[: reached[t]] * may_skip[: reached[t]]
-            entered += alpha[1 : reached[t] + 1]
-            jumped = [of_all[come] for _, come in steps]
-            some += entered
-            for (to, _), brought in zip(steps, jumped, strict=True):
-                of_all[to] += brought
-        some *= frame.take(labels[: reached[t]])
-        if t % _SCALED == _SCALED - 1:
-            sums = some.sum(axis=0)
-            with np.errstate(divide="ignore"):
-                total += np.log(sums)
-            some /= np.where(sums > 0, sums, 1.0)
-    last = np.array([alpha[np.add(chain.ends, 2), i].sum() for i, chain in enumerate(chains)])
-    if not frames:
-        last = np.array([float(not words) for words in texts])
-    with np.errstate(divide="ignore"):
-        return total + np.log(last)
+    start = np.zeros((size + 2, count))  # two states before the first that are never entered
+    start[2:4] = 1.0
+    first = jumps[jumps[:, 1] == 0]  # the other ways of first words
+    start[first[:, 0] + 2, first[:, 2]] = 1.0
+    last = np.zeros((size + 2, count))
+    for column, chain in enumerate(chains):
+        last[np.add(chain.ends, 2), column] = 1.0
+    found = np.empty((len(readings), count))
+    for row, log_probs in enumerate(readings):
+        frames = len(log_probs)
+        reached = np.searchsorted(first_frame, np.arange(frames), side="right")  # states that can be entered by then
+        # Probabilities, with their sum set to 1 every few frames, cost less than a fifth of logarithms.
+        probabilities = np.zeros((frames, nothing + 1))
+        probabilities[:, :-1] = np.exp(np.maximum(log_probs, _LEAST), dtype=np.float64)
+        alpha, total = start.copy(), np.zeros(count)
+        of_all = alpha.reshape(-1)
+        for t, frame in enumerate(probabilities):
+            some = alpha[2 : reached[t] + 2]
+            if t:
+                entered = alpha[: reached[t]] * may_skip[: reached[t]]
+                entered += alpha[1 : reached[t] + 1]
+                jumped = [of_all[come] for _, come in steps]
+                some += entered
+                for (to, _), brought in zip(steps, jumped, strict=True):
+                    of_all[to] += brought
+            some *= frame.take(labels[: reached[t]])
+            if t % _SCALED == _SCALED - 1:
+                sums = some.sum(axis=0)
+                with np.errstate(divide="ignore"):
+                    total += np.log(sums)
+                some /= np.where(sums > 0, sums, 1.0)
+        ended = (alpha * last).sum(axis=0) if frames else np.array([float(not words) for words in texts])
+        with np.errstate(divide="ignore"):
+            found[row] = total + np.log(ended)
+    return found
 
 
 class _Chain(NamedTuple):

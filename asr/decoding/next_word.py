@@ -6,8 +6,9 @@ by it.
 
 import gzip
 import io
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -130,52 +131,82 @@ class TextScorer:
             )
         self.numbers = {word: i for i, word in enumerate(words, start=END_ID + 1)}
 
-    def log_probs(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
+    def memories(self) -> "Memories":
+        """Of the beginning of all texts alone."""
+        known = Memories(len(self._u), self._narrow.shape[1])
+        self._read(known, {(): ()})
+        return known
+
+    def log_probs(self, texts: Sequence[Sequence[int]], known: "Memories | None" = None) -> np.ndarray:
         """The natural-log probability of each text, its end included, given as numbers: (texts,) float64.
 
-        Texts share what is computed for beginnings of one length whose last words are the same, as the one among them
-        remembers them that comes first.
-        """
-        lengths = np.array([len(text) for text in texts], np.int64)
-        words = np.full((len(texts), max(lengths, default=-1) + 1), END_ID)  # each text with its end
-        for row, text in zip(words, texts, strict=True):
-            row[: len(text)] = text
-        rows = np.arange(len(texts))  # texts that go on
-        at = np.zeros(len(texts), np.int64)  # of each one's beginning, among those that differ
-        h = c = np.zeros((1, len(self._u)), np.float32)
-        read, count = np.array([END_ID]), 0
-        known = np.unique(np.append(words, END_ID))
-        inputs = self._embedding[known] @ self._w + self._b
-        outputs: list[np.ndarray] = []  # after each beginning
-        asked: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # which text, after which beginning, what word
-        for depth, wanted in enumerate(words.T):
-            h, c = lstm_step(inputs[np.searchsorted(known, read)] + h @ self._u, c)
-            outputs.append(h @ self._narrow)
-            asked.append((rows, count + at, wanted[rows]))
-            count += len(h)
-            going_on = lengths[rows] > depth
-            rows, at = rows[going_on], at[going_on]
-            latest = words[rows, max(depth + 1 - _REMEMBERED, 0) : depth + 1]
-            _, first, those = np.unique(latest, axis=0, return_index=True, return_inverse=True)
-            h, c, read = h[at[first]], c[at[first]], wanted[rows[first]]
-            at = those.reshape(-1)
-        y = np.concatenate([np.zeros((0, len(self._narrow[0])), np.float32), *outputs])
-        norms = self._norms(y)
-        totals = np.zeros(len(texts))
-        for rows, at, word in asked:
-            totals[rows] += (y[at] * self._embedding[word]).sum(axis=1) + self._bias[word] - norms[at]
-        return totals
+        Beginnings whose last words are the same share a memory: that of the first one that was read.
 
-    def _norms(self, y: np.ndarray) -> np.ndarray:
-        """The logarithm of the sum, over all words, of what a softmax takes, (rows, half the units) -> (rows,)."""
-        norms = np.zeros(len(y), np.float32)
-        scores = np.empty((min(_ROWS, len(y)), len(self._bias)), np.float32)
-        for start in range(0, len(y), _ROWS):
-            some = scores[: len(y) - start]
-            np.matmul(y[start : start + _ROWS], self._embedding.T, out=some)
+        Args:
+            known: memories of texts that were read before; those of these texts are added.
+        """
+        known = self.memories() if known is None else known
+        beginnings = [[tuple(text[max(end - _REMEMBERED, 0) : end]) for end in range(len(text) + 1)] for text in texts]
+        missing: dict[tuple[int, ...], tuple[int, ...]] = {}  # what each goes on from
+        for own in beginnings:
+            for before, beginning in itertools.pairwise(own):
+                if beginning not in known.rows:
+                    missing.setdefault(beginning, before)
+        while missing:
+            ready = {beginning: before for beginning, before in missing.items() if before in known.rows}
+            self._read(known, ready)
+            missing = {beginning: before for beginning, before in missing.items() if beginning not in ready}
+        self._norms(known)
+        words = np.array([word for text in texts for word in (*text, END_ID)], np.int64)
+        rows = np.array([known.rows[beginning] for own in beginnings for beginning in own], np.int64)
+        scores = (known.outputs[rows] * self._embedding[words]).sum(axis=1) + self._bias[words] - known.norms[rows]
+        return np.bincount(np.repeat(np.arange(len(texts)), [len(own) for own in beginnings]), scores, len(texts))
+
+    def _read(self, known: "Memories", new: Mapping[tuple[int, ...], tuple[int, ...]]) -> None:
+        """Read the last word of beginnings, each after the memory of another one."""
+        read = [beginning[-1] if beginning else END_ID for beginning in new]
+        before = [known.rows.get(beginning, 0) for beginning in new.values()]
+        h, c = known.h[before], known.c[before]
+        h, c = lstm_step(self._embedding[read] @ self._w + self._b + h @ self._u, c)
+        known.add(new, h, c, h @ self._narrow)
+
+    def _norms(self, known: "Memories") -> None:
+        """Find the logarithm of the sum, over all words, of what a softmax takes, where it is not known yet."""
+        first = len(known.norms)
+        norms = np.zeros(len(known.rows) - first, np.float32)
+        scores = np.empty((min(_ROWS, len(norms)), len(self._bias)), np.float32)
+        for start in range(0, len(norms), _ROWS):
+            some = scores[: len(norms) - start]
+            np.matmul(known.outputs[first + start : first + start + len(some)], self._embedding.T, out=some)
             some += self._bias
             highest = some.max(axis=1, keepdims=True)
             some -= highest
             np.exp(some, out=some)
             norms[start : start + _ROWS] = highest[:, 0] + np.log(some.sum(axis=1))
-        return norms
+        known.norms = np.append(known.norms, norms)
+
+
+class Memories:
+    """What a next-word model remembers after beginnings of texts, told apart by their last words.
+
+    Attributes:
+        rows: the row of each beginning's in the following, by its last words.
+        h, c: (rows or more, units).
+        outputs: what meets the words' embeddings, (rows or more, their size).
+        norms: of the first rows, (some rows,).
+    """
+
+    def __init__(self, units: int, size: int) -> None:
+        self.rows: dict[tuple[int, ...], int] = {}
+        self.h, self.c = np.zeros((1, units), np.float32), np.zeros((1, units), np.float32)
+        self.outputs, self.norms = np.zeros((1, size), np.float32), np.zeros(0, np.float32)
+
+    def add(self, beginnings: Iterable[tuple[int, ...]], h: np.ndarray, c: np.ndarray, outputs: np.ndarray) -> None:
+        """Rows for beginnings that have none."""
+        first = len(self.rows)
+        self.rows.update(zip(beginnings, range(first, first + len(h)), strict=True))
+        if len(self.rows) > len(self.h):
+            more = ((0, 2 * len(self.rows)), (0, 0))
+            self.h, self.c, self.outputs = (np.pad(part, more) for part in (self.h, self.c, self.outputs))
+        for part, values in ((self.h, h), (self.c, c), (self.outputs, outputs)):
+            part[first : len(self.rows)] = values

@@ -94,8 +94,8 @@ def estimate(
         order: words to an n-gram.
         vocabulary: keep so many words, the most frequent ones; None keeps all.
         min_count: keep words that occur at least so often. Other words count as <unk>.
-        lexicon: more words that can be said, however rare: one that is not kept anyway gets what a word that was
-            never seen gets.
+        lexicon: more words to keep, however rare. One that the text lacks gets the probability of a word that was
+            never seen.
 
     Raises:
         TextError: there is no text.

@@ -46,13 +46,16 @@ class Pronounced:
         self._sorted = self.words[self._order]
         self.complete = np.count_nonzero(np.diff(self._sorted, prepend=NO_WORD)) == len(words)
 
-    def log_likelihoods(self, log_probs: np.ndarray, texts: Sequence[tuple[int, ...]]) -> np.ndarray:
-        """Of texts, by numbers of words, in all their pronunciations: (frames, phones) -> (texts,)."""
-        anything = log_probs[:, 1:].max(axis=1, keepdims=True) + _ANY_PHONE
+    def log_likelihoods(self, readings: Sequence[np.ndarray], texts: Sequence[tuple[int, ...]]) -> np.ndarray:
+        """Of texts, by numbers of words, in all their pronunciations: (frames, phones) each -> (readings, texts)."""
         sounds = {word: self._of(word) for word in set(itertools.chain.from_iterable(texts))}
         said = [[sounds[word] for word in words] for words in texts]
-        scores = log_likelihoods(np.concatenate([log_probs, anything, anything], axis=1), said)
-        return np.maximum(scores, IMPOSSIBLE)
+        return np.maximum(log_likelihoods([self._with_any_phone(reading) for reading in readings], said), IMPOSSIBLE)
+
+    def _with_any_phone(self, log_probs: np.ndarray) -> np.ndarray:
+        """By its two names, behind the others."""
+        anything = log_probs[:, 1:].max(axis=1, keepdims=True) + _ANY_PHONE
+        return np.concatenate([log_probs, anything, anything], axis=1)
 
     def _of(self, word: int) -> list[list[int]]:
         """The ways to say a word, each once."""

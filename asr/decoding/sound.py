@@ -9,6 +9,7 @@ from asr.audio import SAMPLE_RATE
 FRAME_SECONDS = 0.01
 _FRAME = round(FRAME_SECONDS * SAMPLE_RATE)  # samples
 _NOTHING = np.zeros(0, np.float32)
+_PARTS = 64  # of a stream's energies: more are joined, or blocks of 10 ms would be kept as an array each
 _ABOVE_NOISE, _BELOW_PEAK = 8.0, 32.0  # dB: sound is so far above the noise and no further below the peak
 _CLEAR = 15.0  # dB from noise to peak: with less, its borders are not known
 # smoothed frames: no shorter silence parts sounds (plosives have them within), no shorter sound counts
@@ -30,6 +31,8 @@ class Levels:
         self._rest = samples[whole:].copy() if whole < len(samples) else _NOTHING
         energies = frame_energies(samples[:whole])
         self._energies.append(energies)
+        if len(self._energies) > _PARTS:
+            self._energies = [np.concatenate(self._energies)]
         return energies
 
     def take(self, seconds: float) -> np.ndarray:

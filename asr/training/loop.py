@@ -347,7 +347,7 @@ class Trainer:
             self.record.keep(self.network, self.run / "best")
         self._save()
         if self._out_of_patience():
-            text = f"stopped after epoch {epoch + 1}: no better CER for {self.progress['since_best']} epochs"
+            text = f"stopped after epoch {epoch + 1}: no better CER in the last {self.progress['since_best']} scorings"
             self.record.log("stop", self.step, text=text)
         return metrics
 

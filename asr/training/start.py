@@ -103,8 +103,8 @@ def _check_unchanged(config: TrainConfig, run: Path) -> None:
 def fingerprints(config: TrainConfig) -> dict[str, str]:
     """A hash of the contents of each prepared folder, and teacher, that the training reads, by its name.
 
-    It covers the order of the utterances, their texts and lengths, and the statistics of their features. Alignments
-    have hashes of their own, where the training looks at them.
+    It covers the order of the utterances, their texts and lengths, and the statistics of their features. Alignments,
+    phones and sources have hashes of their own, where the training looks at them.
     """
     found = {}
     looks = config.training.alignment_weight or config.data.cut_seconds
@@ -112,12 +112,22 @@ def fingerprints(config: TrainConfig) -> dict[str, str]:
         dataset = ShardDataset(folder)
         rows = [dataset.ids, dataset.texts, dataset.n_samples.tolist()]
         statistics = [dataset.info[name] for name in ("store", "frames", "mean", "variance")]
-        found[folder] = hashlib.sha256(json.dumps([rows, statistics]).encode()).hexdigest()
-        if looks and folder in config.data.train:
+        found[folder] = _hash([rows, statistics])
+        if folder not in config.data.train:
+            continue
+        if looks:
             found[f"{folder}/{ALIGNMENT_FILE}"] = dataset.alignment_hash
+        if config.model.phone_layer or config.model.phone_output:
+            found[f"{folder} (phones)"] = _hash(dataset.phones)
+        if config.data.weights:
+            found[f"{folder} (sources)"] = _hash(dataset.sources)
     for folder in config.teachers:
         found[folder] = hashlib.sha256((Path(folder) / WEIGHTS_FILE).read_bytes()).hexdigest()
     return found
+
+
+def _hash(value: list) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _folders(config: TrainConfig) -> list[str]:
