@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -25,6 +26,7 @@ import typer
 from asr.manifest import Utterance, read_manifest
 from pipelines.commands.options import tell
 from pipelines.decoder import decode_here
+from pipelines.processes import ProcessState, state_of
 
 _START_SHARE = 0.1  # of the audio, whose time does not count
 _SPAWN = multiprocessing.get_context("spawn")
@@ -102,19 +104,14 @@ def measure(way: Callable[[], list[Finish]]) -> Cost:
 
 def processor_seconds() -> float:
     """Used by this process and all below it that are there now; on Linux."""
-    parents: dict[int, int] = {}
-    ticks: dict[int, int] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:  # it ended meanwhile
-            continue
-        number = int(path.parent.name)
-        parents[number], ticks[number] = int(fields[1]), int(fields[11]) + int(fields[12])
+    states: dict[int, ProcessState] = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it ended meanwhile
+            states[int(path.name)] = state_of(int(path.name))
     family = {os.getpid()}
-    while more := {child for child, parent in parents.items() if parent in family} - family:
+    while more := {child for child, state in states.items() if state.parent in family} - family:
         family |= more
-    return sum(ticks[number] for number in family) / os.sysconf("SC_CLK_TCK")
+    return sum(states[number].seconds for number in family)
 
 
 def _in_processes(work: Callable[..., None], shares: Sequence[Any], *arguments: Any) -> list[Finish]:

@@ -21,6 +21,7 @@ import numpy as np
 
 from asr.config import AugmentConfig, DataConfig, FeatureConfig, ModelConfig, TrainConfig, TrainingConfig, to_toml
 from asr.training.shards import VERSION, write_shard
+from pipelines.processes import state_of
 
 WORKERS = 2
 ROUNDS = 2  # each: torchrun and Ray, then the other way round
@@ -135,8 +136,7 @@ def _processor_seconds(folder: Path) -> dict[int, float]:
         try:
             ours = f"RAY_TMPDIR={folder}".encode() in (process / "environ").read_bytes().split(b"\0")
             if ours or process.name == str(os.getpid()):
-                times = (process / "stat").read_text().rpartition(")")[2].split()
-                found[int(process.name)] = (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
+                found[int(process.name)] = state_of(int(process.name)).seconds
         except OSError:  # it ended meanwhile
             continue
     return found

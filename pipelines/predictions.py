@@ -18,6 +18,7 @@ from asr.errors import AsrError, AudioError
 from asr.files import locked, write_atomically
 from asr.manifest import Utterance, read_manifest
 from pipelines.decoder import Decode, Part, decode_all
+from pipelines.progress import row_seconds
 
 if TYPE_CHECKING:
     from asr.recognizer import Recognizer, Transcript
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 MANIFEST_SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".tsv")
 _BATCH_ROWS = 64
 _BATCH_SECONDS = 300.0
-_ASSUMED_SECONDS = 5.0  # of a row that doesn't tell
 _LONGEST_SECONDS = 30.0  # that is read whole; what is longer is cut at silences
 
 
@@ -47,11 +47,6 @@ def manifest_name(path: Path) -> str:
     """A manifest's name without what tells that it is one."""
     suffixes = (suffix for suffix in (*MANIFEST_SUFFIXES, ".scp") if path.name.lower().endswith(suffix))
     return path.name[: -len(max(suffixes, key=len, default=""))] or path.name
-
-
-def row_seconds(row: Utterance) -> float:
-    """What the row says of its length, or a guess."""
-    return row.duration if row.duration is not None else _ASSUMED_SECONDS
 
 
 def batches_of(rows: Sequence[Utterance]) -> list[list[Utterance]]:

@@ -25,9 +25,9 @@ from asr.lexicon import check_english
 from asr.manifest import TEXT_NAMES, Utterance, names_in
 from asr.text import normalize
 from asr.training.shards import VERSION, Statistics
-from pipelines.progress import meter
+from pipelines.progress import meter, row_seconds
 from pipelines.report_data import data_report
-from pipelines.shard import ShardJob, finished_report, make_shard, nominal_seconds, writing
+from pipelines.shard import ShardJob, finished_report, make_shard, writing
 from pipelines.storage import Store, is_remote, read_any_manifest
 
 STORES = ("audio", "features")
@@ -55,6 +55,32 @@ class _Source(NamedTuple):
     manifest: str
     jobs: list[ShardJob]
     unread: list[Problem]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What a data set is made of, and where: `folder`, which the caller calls `out`."""
+
+    sources: list[_Source]
+    folder: Store
+    out: str
+    store: str
+
+    @property
+    def jobs(self) -> list[ShardJob]:
+        """The shards of all manifests, in their order."""
+        return [job for source in self.sources for job in source.jobs]
+
+    def skipped(self, reports: dict[str, dict]) -> list[Problem]:
+        """Rows that could not be read, then those that finished shards left out."""
+        unread = [problem for source in self.sources for problem in source.unread]
+        made = [reports[job.name] for job in self.jobs if job.name in reports]
+        return unread + [Problem(**problem) for report in made for problem in report["skipped"]]
+
+    def write_skipped(self, skipped: list[Problem]) -> None:
+        """List them in skipped.jsonl."""
+        lines = [json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in skipped]
+        self.folder.write("skipped.jsonl", "".join(lines))
 
 
 def prepare(
@@ -114,32 +140,25 @@ def prepare(
     with ExitStack() as held:
         with writing(folder.folder):
             held.enter_context(folder.held())
-        return _prepare(folder, str(out), sources, workers, store, address, max_errors)
+        plan = _Plan(sources=sources, folder=folder, out=str(out), store=store)
+        return _prepare(plan, workers, address, max_errors)
 
 
-def _prepare(
-    folder: Store,
-    out: str,
-    sources: list[_Source],
-    workers: int,
-    store: str,
-    address: str | None,
-    max_errors: int | None,
-) -> Summary:
+def _prepare(plan: _Plan, workers: int, address: str | None, max_errors: int | None) -> Summary:
     """Make the shards that are not there yet, and of all a data set."""
-    all_jobs = [job for source in sources for job in source.jobs]
+    folder = plan.folder
     with writing(folder.folder):
         names = folder.names()
         reports = {
-            job.name: report for job in all_jobs if job.name in names and (report := finished_report(job, folder))
+            job.name: report for job in plan.jobs if job.name in names and (report := finished_report(job, folder))
         }
         reused = len(reports)
-        todo = [job for job in all_jobs if job.name not in reports]
+        todo = [job for job in plan.jobs if job.name not in reports]
         if todo and "dataset.json" in names:  # from here to the end the folder is not a data set
             folder.remove("dataset.json")
-    bad = len(_skipped(sources, reports))
+    bad = len(plan.skipped(reports))
     if max_errors is not None and bad > max_errors:
-        raise _too_many(sources, reports, max_errors, folder)
+        raise _too_many(plan, reports, max_errors)
     if todo:
         with meter("preparing", sum(job.seconds for job in todo)) as advance:
             for job, report in _made(todo, workers, address):
@@ -147,9 +166,9 @@ def _prepare(
                 advance(job.seconds, report["seconds"])
                 bad += len(report["skipped"])
                 if max_errors is not None and bad > max_errors:
-                    raise _too_many(sources, reports, max_errors, folder)
+                    raise _too_many(plan, reports, max_errors)
     with writing(folder.folder):
-        return _assemble(folder, out, sources, reports, store, reused=reused)
+        return _assemble(plan, reports, reused=reused)
 
 
 def shard_jobs(
@@ -191,7 +210,7 @@ def _cut(rows: list[Utterance], shard_seconds: float) -> Iterator[tuple[Utteranc
     seconds = 0.0
     for row in rows:
         part.append(row)
-        seconds += nominal_seconds(row)
+        seconds += row_seconds(row)
         if seconds >= shard_seconds:
             yield tuple(part)
             part, seconds = [], 0.0
@@ -256,14 +275,14 @@ def _make_shard_task(item: dict) -> dict:
         return told | {"error": str(error)}
 
 
-def _too_many(sources: list[_Source], reports: dict[str, dict], most: int, folder: Store) -> ManifestError:
+def _too_many(plan: _Plan, reports: dict[str, dict], most: int) -> ManifestError:
     """The error where more than `most` rows are unusable; skipped.jsonl tells of those known so far."""
-    skipped = _skipped(sources, reports)
-    with writing(folder.folder):
-        _write_skipped(folder, skipped)
+    skipped = plan.skipped(reports)
+    with writing(plan.folder.folder):
+        plan.write_skipped(skipped)
     return ManifestError(
         f"{len(skipped)} rows cannot be used so far, {most} are allowed; the first: {skipped[0]}. "
-        f"All are in {folder.path('skipped.jsonl')}: mend them or allow more, and run again; "
+        f"All are in {plan.folder.path('skipped.jsonl')}: mend them or allow more, and run again; "
         f"{len(reports)} finished shards are kept"
     )
 
@@ -271,28 +290,18 @@ def _too_many(sources: list[_Source], reports: dict[str, dict], most: int, folde
 # ---- the whole
 
 
-def _skipped(sources: list[_Source], reports: dict[str, dict]) -> list[Problem]:
-    """Rows that could not be read, then those that finished shards left out."""
-    unread = [problem for source in sources for problem in source.unread]
-    made = [reports[job.name] for source in sources for job in source.jobs if job.name in reports]
-    return unread + [Problem(**problem) for report in made for problem in report["skipped"]]
-
-
-def _write_skipped(folder: Store, skipped: list[Problem]) -> None:
-    lines = [json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in skipped]
-    folder.write("skipped.jsonl", "".join(lines))
-
-
-def _assemble(
-    folder: Store, out: str, sources: list[_Source], reports: dict[str, dict], store: str, *, reused: int
-) -> Summary:
+def _assemble(plan: _Plan, reports: dict[str, dict], *, reused: int) -> Summary:
     """Join the shards' reports into dataset.json, skipped.jsonl and report.html; remove shards of earlier runs."""
-    skipped = _skipped(sources, reports)
-    for source in sources:
+    folder, skipped = plan.folder, plan.skipped(reports)
+    plan.write_skipped(skipped)
+    for source in plan.sources:
         if not any(reports[job.name]["utterances"] for job in source.jobs):
-            lost = _skipped([source._replace(unread=[])], reports)
-            raise ManifestError(f"{source.manifest}: none of its {len(lost)} rows is usable; the first: {lost[0]}")
-    in_order = {job.name: reports[job.name] for source in sources for job in source.jobs}
+            lost = [problem for job in source.jobs for problem in reports[job.name]["skipped"]]
+            raise ManifestError(
+                f"{source.manifest}: none of its {len(lost)} rows is usable; the first: {Problem(**lost[0])}. "
+                f"All are in {folder.path('skipped.jsonl')}"
+            )
+    in_order = {job.name: reports[job.name] for job in plan.jobs}
     characters: Counter[str] = Counter()
     for report in in_order.values():
         characters.update(report["characters"])
@@ -309,7 +318,7 @@ def _assemble(
         "version": VERSION,
         "sample_rate": SAMPLE_RATE,
         "features": asdict(FeatureConfig()),
-        "store": store,
+        "store": plan.store,
         "shards": told,
         "utterances": sum(shard["utterances"] for shard in told),
         "seconds": sum(shard["seconds"] for shard in told),
@@ -319,17 +328,17 @@ def _assemble(
         "mean": statistics.mean.tolist(),
         "variance": statistics.variance.tolist(),
     }
-    _write_skipped(folder, skipped)
-    names = dict.fromkeys(_source_name(source.manifest) for source in sources)
+    names = dict.fromkeys(_source_name(source.manifest) for source in plan.sources)
     page = data_report(f"Prepared data: {', '.join(names)}", list(in_order.values()), statistics, skipped)
     folder.write("report.html", page)
-    kept = {name for job in in_order for name in (job, job.replace(".arrow", ".json"))}
+    folder.write("dataset.json", json.dumps(dataset, ensure_ascii=False, indent=1))
+    # Only then: where this is interrupted, no dataset.json names a shard that is gone.
+    kept = {name for job in plan.jobs for name in (job.name, job.report)}
     for stray in folder.names():
         if stray.startswith("shard-") and stray not in kept:
             folder.remove(stray)
-    folder.write("dataset.json", json.dumps(dataset, ensure_ascii=False, indent=1))
     return Summary(
-        out=out,
+        out=plan.out,
         utterances=dataset["utterances"],
         seconds=dataset["seconds"],
         shards=len(in_order),

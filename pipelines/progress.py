@@ -9,8 +9,16 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from asr.manifest import Utterance
+
+_ASSUMED_SECONDS = 5.0  # of a row that doesn't tell
 _LINE_SECONDS = 30.0  # between the lines where there is no terminal to draw a bar on
 _TELLING = 0.01  # of the job: before that, how long it took says nothing of how long it will
+
+
+def row_seconds(row: Utterance) -> float:
+    """What the row says of its length, or a guess."""
+    return row.duration if row.duration is not None else _ASSUMED_SECONDS
 
 
 class Advance(Protocol):

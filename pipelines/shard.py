@@ -20,12 +20,12 @@ from asr.manifest import Utterance
 from asr.text import normalize
 from asr.training.shards import VERSION, Statistics, write_shard
 from pipelines.decoder import Decode, Part, decode_all
+from pipelines.progress import row_seconds
 from pipelines.storage import Store, local_copies, states
 
 SHORTEST_SECONDS = 0.05
 DURATION_TOLERANCE = (0.2, 0.05)  # seconds, share of the manifest's: the larger one counts
 _FEATURE_BLOCK = 30 * SAMPLE_RATE
-_ASSUMED_SECONDS = 5.0  # of a row that doesn't tell, for cutting shards and the progress bar
 _REPORT_VERSION = 3
 
 
@@ -49,7 +49,7 @@ class ShardJob:
     @property
     def seconds(self) -> float:
         """Audio in it, by what the manifest says."""
-        return sum(map(nominal_seconds, self.rows))
+        return sum(map(row_seconds, self.rows))
 
     def fingerprint(self) -> str:
         """Changes with the rows, with their files (size, time) and with the settings."""
@@ -57,11 +57,6 @@ class ShardJob:
         settings = [VERSION, _REPORT_VERSION, asdict(FeatureConfig()), self.source, self.needs_text]
         told = json.dumps([settings, self.store, self.lexicon, rows, states([row.audio for row in self.rows])])
         return hashlib.sha256(told.encode()).hexdigest()
-
-
-def nominal_seconds(row: Utterance) -> float:
-    """What the row says of its length, or a guess."""
-    return row.duration if row.duration is not None else _ASSUMED_SECONDS
 
 
 def finished_report(job: ShardJob, store: Store) -> dict | None:

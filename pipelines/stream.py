@@ -80,15 +80,24 @@ class FileSource:
                 return
 
 
+def standard_input() -> BinaryIO:
+    """The bytes that come through standard input.
+
+    Raises:
+        AsrError: there is none.
+    """
+    if sys.stdin is None:
+        raise AsrError("-: there is no standard input")
+    return sys.stdin.buffer
+
+
 class PipeSource:
     """Samples from a pipe (standard input): 16 bits, little-endian, mono, as `arecord -t raw -f S16_LE` gives them."""
 
     def __init__(self, sample_rate: int, pipe: BinaryIO | None = None) -> None:
         self.sample_rate = sample_rate
         self.lost = 0
-        if not pipe and sys.stdin is None:
-            raise AsrError("-: there is no standard input")
-        self._pipe = pipe or sys.stdin.buffer
+        self._pipe = pipe or standard_input()
 
     def blocks(self, stop: threading.Event) -> Generator[Block, None, None]:
         """Blocks of a tenth of a second, until the pipe ends; empty ones while nothing comes.

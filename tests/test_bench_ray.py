@@ -1,5 +1,6 @@
 """pipelines.bench_ray: the start does not count, and shares are told."""
 
+import os
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.bench_ray import Cost, Finish, compare, cost, processor_seconds
+from pipelines.processes import state_of
 
 IDLE = [(0.0, 0.0), (1e9, 0.0)]
 
@@ -44,3 +46,13 @@ def test_the_time_of_child_processes_counts() -> None:
         used = processor_seconds() - before
     assert used > 0.95
     assert time.process_time() - own < 0.5
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+def test_a_process_may_have_any_name(tmp_path: Path) -> None:
+    program = tmp_path / "1 ) (2 3"
+    program.symlink_to(sys.executable)
+    with subprocess.Popen([program, "-Sc", "input()"], stdin=subprocess.PIPE) as child:
+        assert state_of(child.pid).parent == os.getpid()
+    with pytest.raises(OSError):
+        state_of(child.pid)

@@ -121,7 +121,9 @@ def test_whatever_is_wrong_with_a_recording_its_words_are_deletions(
     assert scores[0].errors.words == 11
     assert scores[0].errors.deletions == 10
     assert scores[0].utterances == 6
-    assert {p.where for p in problems} >= {f"{path}:{line}" for line in (1, 2, 3)}
+    assert [p.where for p in problems] == [f"{path}:{line}" for line in (1, 2, 3, 4, 5)]
+    assert all(f"m-{i}.wav: " in problem.reason for i, problem in enumerate(problems))
+    assert scores[0].unreadable == 5
     assert " ".join(seen).split() == ["lost", "words"] * 5 + ["good"]
 
 

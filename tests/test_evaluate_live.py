@@ -118,8 +118,9 @@ def test_two_passes_are_scored_and_what_they_change_is_told(tmp_path: Path, monk
     networks = {"streaming": Network(TOKENIZER, ToyEngine), "offline": Network(TOKENIZER, Other)}
     monkeypatch.setattr(Recognizer, "load", lambda *_, **chosen: Recognizer(networks, endpoint=chosen["endpoint"]))
     path = manifest(tmp_path / "m.jsonl", ("cat sat on", "cbt sbt on"), ("it", "it"))
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         main(["evaluate", str(path), "--two-pass", "--join", "60", "--json", str(tmp_path / "out.json")])
+    assert not ended.value.code
     (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
     assert (result["network"], result["words"], result["wer"]) == ("two-pass", 4, 0.0)
     assert result["partial_words_changed"] == pytest.approx(2 / 6)
@@ -135,6 +136,7 @@ def test_rules_reach_the_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Recognizer, "load", load)
     path = manifest(tmp_path / "m.jsonl", ("it", "it"))
     for flags in ([], ["--endpoint", "--rule", "max_segment=12", "--rule", "vad=energy"]):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as ended:
             main(["evaluate", str(path), *flags])
+        assert not ended.value.code
     assert given == [None, EndpointConfig(max_segment=12.0)]

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -30,8 +31,64 @@ def page(folder: Path, rows: list[dict], clips: int = 0, **options: object) -> d
     outcomes: list[Outcome] = []
     scores, _ = evaluate([folder / "m.jsonl"], ToyOptions(), on_utterance=outcomes.append, **options)  # type: ignore[arg-type]
     text = report_page(outcomes, scores, "toy", folder / "pages", clips)
-    assert not re.search(r"""(src|href)\s*=|url\(|@import|https?://(?!www\.w3\.org)""", text.split("<script")[0])
+    assert loaded_by(text) == []
     return data_of(text)
+
+
+def loaded_by(text: str) -> list[str]:
+    """What a page gets from elsewhere, by its tags, styles and scripts."""
+    page = _Page()
+    page.feed(text)
+    page.close()
+    return page.found
+
+
+class _Page(HTMLParser):
+    LINKS = ("src", "srcset", "href", "xlink:href", "poster", "data", "action", "formaction", "background")
+    LOADING = re.compile(
+        r"""https?://(?!www\.w3\.org/)|["'`(]//\w|\burl\((?!["']?(?:data:|\#))|@import|\bimport\b"""
+        r"""|\b(?:fetch|importScripts|EventSource|WebSocket|XMLHttpRequest|sendBeacon)\b"""
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self._inside = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        # a script of JSON is data, which may hold any text
+        self._inside = "" if ("type", "application/json") in attrs else tag
+        for name, value in attrs:
+            if name in self.LINKS and not (value or "").startswith(("data:", "#")):
+                self.found.append(f"{tag} {name}={value}")
+            elif name == "style" or name.startswith("on"):
+                self.found += self.LOADING.findall(value or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside in ("script", "style"):
+            self.found += self.LOADING.findall(data)
+
+
+@pytest.mark.parametrize(
+    "loading",
+    [
+        '<script src="page.js"></script>',
+        '<link rel="stylesheet" href="https://example.org/a.css">',
+        '<p style="background: url(a.png)">',
+        '<p onclick="fetch(1)">',
+        "<style>@import 'a.css';</style>",
+        "<style>p { background: url('//example.org/a.png') }</style>",
+        "<script>const a = 1;</script><script>fetch('/a')</script>",
+        "<script>import('./a.js')</script>",
+        "<script>image.src = `//example.org/a.png`</script>",
+        "<script>image.src = 'https://example.org/a.png'</script>",
+    ],
+)
+def test_a_page_that_loads_something_would_be_noticed(loading: str) -> None:
+    assert loaded_by(f"<!doctype html><body>{loading}</body>") != []
 
 
 def data_of(text: str) -> dict:
@@ -105,7 +162,7 @@ def test_joined_rows_and_rows_without_errors_or_speakers(tmp_path: Path) -> None
 
 
 def test_texts_cannot_break_out_of_the_page(tmp_path: Path) -> None:
-    nasty = "</script><b>x"
+    nasty = "</script><img src='https://example.org/a.png'>x"
     data = page(tmp_path, [{"said": "x", "text": nasty, "speaker": nasty}])
     assert data["utterances"][0]["speaker"] == nasty
 

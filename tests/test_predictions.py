@@ -175,7 +175,7 @@ def test_a_job_that_stopped_before_it_named_its_file_names_it(tmp_path: Path, mo
         patch.setattr("pipelines.predictions.os.replace", killed)
         list(transcribe([manifest], ToyOptions(), output_dir=tmp_path / "out"))
     results = list(transcribe([manifest], ToyOptions(), output_dir=tmp_path / "out"))
-    assert all(result.kept for result in results)
+    assert [result.kept is not None for result in results] == [True] * 3
     assert [row["pred_text"] for row in predictions(tmp_path / "out" / "test.pred.jsonl")] == list(WORDS[:3])
 
 
@@ -255,10 +255,15 @@ def test_what_other_settings_left_is_not_gone_on_with(tmp_path: Path) -> None:
 
 def test_a_changed_manifest_is_transcribed_again(tmp_path: Path) -> None:
     manifest = manifest_of(tmp_path, 5)
-    list(transcribe([manifest], ToyOptions(), output_dir=tmp_path / "out"))
-    assert all(result.kept for result in transcribe([manifest], ToyOptions(), output_dir=tmp_path / "out"))
+
+    def kept() -> list[bool]:
+        results = transcribe([manifest], ToyOptions(), output_dir=tmp_path / "out")
+        return [result.kept is not None for result in results]
+
+    assert kept() == [False] * 5
+    assert kept() == [True] * 5
     manifest_of(tmp_path, 6)
-    assert not any(result.kept for result in transcribe([manifest], ToyOptions(), output_dir=tmp_path / "out"))
+    assert kept() == [False] * 6
     assert len(predictions(tmp_path / "out" / "test.pred.jsonl")) == 6
 
 
@@ -303,4 +308,5 @@ def test_the_error_of_an_earlier_prediction_does_not_stay(tmp_path: Path) -> Non
     rows = [json.loads(line) | {"error": "no such file"} for line in manifest.read_text().splitlines()]
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run(manifest, "-o", tmp_path / "out") == 0
-    assert not any("error" in row for row in predictions(tmp_path / "out" / "test.pred.jsonl"))
+    made = predictions(tmp_path / "out" / "test.pred.jsonl")
+    assert [(row["pred_text"], "error" in row) for row in made] == [("one", False), ("two", False)]

@@ -21,8 +21,10 @@ from asr.config import FeatureConfig
 from asr.errors import AsrError, ConfigError, ManifestError
 from asr.features import LogMel
 from asr.training.shards import ShardDataset
+from pipelines.cli import main
 from pipelines.decoder import stop_decoder
 from pipelines.prepare import Summary, prepare
+from pipelines.storage import Store
 
 
 def noise(seconds: float, seed: int, rate: int = SAMPLE_RATE) -> np.ndarray:
@@ -184,6 +186,17 @@ def test_a_manifest_without_a_usable_row_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "dataset.json").exists()
 
 
+def test_where_all_rows_are_bad_they_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"audio_filepath": f"gone{i}.wav", "duration": 1.0, "text": "gone"} for i in range(3)]
+    manifest = write_manifest(tmp_path, [*rows, {"audio_filepath": "a.wav", "duration": -1.0, "text": "negative"}])
+    with pytest.raises(SystemExit) as ended:
+        main(["prepare", str(manifest), "--out", str(tmp_path / "out"), "--workers", "0"])
+    assert ended.value.code == 1
+    lines = (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["where"] for line in lines] == [f"{manifest}:{line}" for line in (4, 1, 2, 3)]
+    assert f"All are in {tmp_path / 'out' / 'skipped.jsonl'}" in capsys.readouterr().err
+
+
 def test_recordings_without_texts_are_noise(tmp_path: Path) -> None:
     rows = [{**row, "label": "rain"} for row in recordings(tmp_path, 3)]
     for row in rows:
@@ -297,6 +310,29 @@ def test_fewer_rows_leave_no_shard_behind(tmp_path: Path) -> None:
         "dataset.json", "report.html", "shard-00000.arrow", "shard-00000.json", "skipped.jsonl",
     ]  # fmt: skip
     assert len(ShardDataset(tmp_path / "out")) == 2
+
+
+def test_what_is_interrupted_among_old_shards_leaves_a_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = recordings(tmp_path, 6)
+    prepare([write_manifest(tmp_path, rows)], tmp_path / "out", workers=0, shard_seconds=1.0)
+    fewer = write_manifest(tmp_path, rows[:2])
+    removed: list[str] = []
+
+    def remove(_: Store, name: str) -> None:
+        if removed:
+            raise KeyboardInterrupt
+        removed.append(name)
+        (tmp_path / "out" / name).unlink()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "remove", remove)
+        with pytest.raises(KeyboardInterrupt):
+            prepare([fewer], tmp_path / "out", workers=0, shard_seconds=1.0)
+    assert len(ShardDataset(tmp_path / "out")) == 2
+    prepare([fewer], tmp_path / "out", workers=0, shard_seconds=1.0)
+    assert len(list((tmp_path / "out").glob("shard-*"))) == 2
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,19 @@ def test_no_file_of_the_server_is_reached(server: Served, path: str) -> None:
     assert b"import" not in reply
 
 
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "OPTIONS"])
+def test_what_is_not_there_is_told_apart_from_what_is_not_for_a_method(server: Served, method: str) -> None:
+    def answer(path: str) -> tuple[int, str]:
+        reply = httpx.request(method, f"{server.http}{path}", timeout=30)
+        return reply.status_code, reply.json()["error"]["code"]
+
+    for nothing in ("/v1/audio/translations", "/v1", "/docs", "/health/", "/page.js/x"):
+        assert answer(nothing) == (404, "not_found"), nothing
+    there = ["/", "/page.js", "/health", "/metrics", "/v1/models"]
+    for wrong in ["/v1/audio/transcriptions"] if method == "GET" else there:
+        assert answer(wrong) == (405, "method_not_allowed"), wrong
+
+
 def test_health_and_metrics_count(server: Served) -> None:
     before = {name: metric(server, name) for name in ("asr_audio_seconds_total", "asr_reply_seconds_count")}
     socket = begin(server.native)

@@ -2,9 +2,11 @@
 
 import io
 import json
+import re
 import struct
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import parse_qs
 
 import numpy as np
 import pytest
@@ -163,12 +165,20 @@ def test_any_form_is_read_or_refused(fields: list[tuple[str, str]]) -> None:
 
 
 @fuzz
-@given(st.binary(max_size=40))
+@given(
+    st.binary(max_size=40) | (st.integers().map(str) | st.text(max_size=9)).map(lambda r: f"sample_rate={r}".encode())
+)
+@example(b"sample_rate=8000")
+@example(b"a=1&sample_rate=-8000")
 def test_any_query_has_a_rate_or_is_refused(query: bytes) -> None:
+    given_ = parse_qs(query.decode("latin-1")).get("sample_rate", ["16000"])[0]
     try:
-        assert parse_rate(query) >= 0
+        rate = parse_rate(query)
     except Refused as error:
         assert error.code == "bad_message"
+        assert not re.fullmatch("[0-9]{1,7}", given_)
+    else:
+        assert rate == int(given_) >= 0
 
 
 @fuzz
@@ -181,6 +191,16 @@ def test_any_origin_and_host_are_judged(origin: str, host: str) -> None:
         assert origin.lower().endswith(host.lower())
     if access.allows_host(host):
         assert host.lower().startswith(("localhost", "127.0.0.1", "[::1]"))
+
+
+@pytest.mark.parametrize("port", ["", ":8000"])
+def test_hosts_and_origins_are_known_by_their_whole_names(port: str) -> None:
+    here = ["localhost", "LocalHost", "127.0.0.1", "[::1]"]
+    names = [*here, "evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "evil-localhost", "[::2]"]
+    for name in names:
+        assert Access().allows_host(name + port) == (name in here), name
+        allowed = [other for other in names if Access().allows_origin(f"http://{other}{port}", name + port)]
+        assert allowed == [other for other in names if other.lower() == name.lower()]
 
 
 @fuzz

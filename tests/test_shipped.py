@@ -40,11 +40,12 @@ def test_the_shipped_model_is_small_and_says_what_it_is() -> None:
     def size(*parts: str) -> int:
         return sum(p.stat().st_size for part in parts for p in (folder / part).rglob("*"))
 
+    assert all(size(part) > 1_000_000 for part in ("offline", "streaming", "lm")), "something is missing"
     assert size("offline", "streaming") < 20_000_000
     assert size("lm") < 12_000_000
     card = json.loads((folder / "card.json").read_text())
     assert {"name", "data", "accuracy", "command", "licence"} <= card.keys()
-    assert all({"name", "licence", "hours"} <= source.keys() for source in card["data"])
+    assert card["data"] and all({"name", "licence", "hours"} <= source.keys() for source in card["data"])
 
 
 @settings(max_examples=8, deadline=None)

@@ -176,7 +176,7 @@ def test_rules_say_when_a_segment_ends(
     assert "max_segment must be a number of seconds" in capsys.readouterr().err
 
 
-def test_samples_from_a_pipe_are_those_of_a_file(two_segments: Path) -> None:
+def test_samples_from_a_pipe_are_those_of_a_file(two_segments: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples, rate = soundfile.read(two_segments, dtype="int16")
     data = samples.astype("<i2").tobytes()
     with pipe_of(data + b"\0", ends=True) as pipe:  # half a sample more
@@ -187,6 +187,9 @@ def test_samples_from_a_pipe_are_those_of_a_file(two_segments: Path) -> None:
         stream(PipeSource(rate, pipe), ToyOptions(), Recorded())
     with pipe_of(two_segments.read_bytes(), ends=True) as pipe, pytest.raises(AsrError, match=r"'RIFF': a file, not"):
         stream(PipeSource(rate, pipe), ToyOptions(), Recorded())
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(AsrError, match="-: there is no standard input"):
+        PipeSource(rate)
 
 
 def test_ctrl_c_ends_a_pipe_through_which_nothing_comes() -> None:
@@ -367,7 +370,7 @@ class FakeSounddevice:
     def InputStream(self, *, callback: Any, blocksize: int, **chosen: Any) -> "FakeSounddevice":
         self.opened = chosen | {"blocksize": blocksize}
         for number, start in enumerate(range(0, len(self.audio), blocksize)):
-            data = np.repeat(self.audio[start : start + blocksize, None], chosen["channels"], axis=1)
+            data = self.audio[start : start + blocksize, None] * np.array([1.0, 0.5], np.float32)[: chosen["channels"]]
             callback(data, len(data), None, SimpleNamespace(input_overflow=number == 2))
         return self
 
@@ -401,10 +404,11 @@ def test_a_microphone_that_refuses_16_khz_is_opened_at_its_own_rate(card: FakeSo
 def test_a_microphone_that_is_stereo_alone_is_mixed_down(card: FakeSounddevice) -> None:
     card.mono = False
     source = MicrophoneSource()
+    heard: list[np.ndarray] = []
     with pytest.raises(AsrError, match="microphone stopped"):
-        for block in source.blocks(NEVER):
-            assert block.samples == pytest.approx(np.full(4410, 0.1))
+        heard.extend(block.samples for block in source.blocks(NEVER))
     assert card.opened["channels"] == 2
+    assert np.concatenate(heard) == pytest.approx(np.full(44_100, 0.075))
 
 
 def test_a_microphone_that_falls_silent_is_told(card: FakeSounddevice, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from asr.errors import AsrError, Problem
+from asr.errors import Problem
 from pipelines.commands.options import (
     RECOGNIZE,
     AddressOption,
@@ -139,11 +138,12 @@ def transcribe(
 @contextmanager
 def _standard_input() -> Iterator[list[Path]]:
     """A file that holds the recording which standard input brings, as long as it is needed."""
-    if sys.stdin is None:
-        raise AsrError("-: there is no standard input")
+    from pipelines.stream import standard_input
+
+    source = standard_input()
     with tempfile.TemporaryDirectory(prefix="asr-") as folder:
         with open(Path(folder) / "stdin", "wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file)
+            shutil.copyfileobj(source, file)
         yield [Path(file.name)]
 
 

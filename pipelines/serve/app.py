@@ -1,16 +1,16 @@
 """The server's addresses: which path, on which port, leads where."""
 
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.routing import Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
@@ -58,23 +58,23 @@ def main_app(service: Service, transcriptions: Transcriptions) -> ASGIApp:
     async def not_so(request: Request, error: Exception) -> Response:
         return refusal(Refused(f"{request.method} is not for this address", code="method_not_allowed", status=405))
 
-    async def post_alone(request: Request) -> Response:  # else the page's files would be looked through
-        raise HTTPException(405)
-
+    page = StaticFiles(directory=PAGE, html=True)
     routes = [
         Route("/health", health),
         Route("/metrics", metrics),
         Route("/v1/models", models),
         Route("/v1/models/{name}", models),
         Route("/v1/audio/transcriptions", transcriptions, methods=["POST"]),
-        Route("/v1/audio/transcriptions", post_alone),
         WebSocketRoute("/v1/stream", websocket(service, native.talk)),
         WebSocketRoute("/{path:path}", _nowhere),
-        Mount("/", StaticFiles(directory=PAGE, html=True)),
+        # Each file has its route: a mount takes every path, and 405 is its answer to a POST where there is nothing.
+        *(Route(f"/{name}", page, methods=["GET"]) for name in ("", *sorted(os.listdir(PAGE)))),
     ]
     handlers: dict[Any, Any] = {500: failed, 404: not_there, 405: not_so}
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    app.router.redirect_slashes = False  # /health/ is not there, as any other
     shared = CORSMiddleware(
-        Lock(Starlette(routes=routes, exception_handlers=handlers)),
+        Lock(app),
         allow_origins=service.access.origins,
         allow_methods=["GET", "POST"],
         allow_headers=["*"],  # OpenAI's client for JavaScript sends a dozen of its own

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import random
 import time
 from collections import deque
@@ -17,6 +16,7 @@ import typer
 from asr.audio import SAMPLE_RATE, read_audio
 from asr.errors import AsrError
 from asr.streams import busy_process
+from pipelines.processes import state_of
 from pipelines.serve.clients import Running, dial, native_address, s16, started
 
 _BLOCK_SECONDS = 0.1
@@ -85,9 +85,9 @@ async def _measure(
     address = native_address(server.addresses)
     talking = [asyncio.create_task(talk.run(address, blocks, until)) for talk in talks]
     await asyncio.sleep(counted_from - time.monotonic())
-    before = _cpu_seconds(server.process.pid), time.process_time(), time.monotonic()
+    before = state_of(server.process.pid).seconds, time.process_time(), time.monotonic()
     await asyncio.sleep(until - time.monotonic())
-    after = _cpu_seconds(server.process.pid), time.process_time(), time.monotonic()
+    after = state_of(server.process.pid).seconds, time.process_time(), time.monotonic()
     ended = await asyncio.gather(*talking, return_exceptions=True)
     replies = np.array([took for talk in talks for at, took in talk.replies if at >= counted_from]) * 1000
     late = np.array([late for talk in talks for late in talk.late]) * 1000
@@ -156,12 +156,6 @@ class _Talk:
         elif message["type"] == "error":
             raise AsrError(message["message"])
         return message["type"] == "done"
-
-
-def _cpu_seconds(process: int) -> float:
-    """User and system time of another process (Linux)."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main(

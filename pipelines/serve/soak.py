@@ -30,6 +30,7 @@ _ENDPOINTS: tuple[dict[str, Any], ...] = ({}, {"trailing_silence": 0.4}, {"trail
 _RUDE_SHARE = 0.3
 _STUCK_SECONDS = 600.0  # nobody waits longer, however busy the machine is
 _SAMPLE_SECONDS = 1.0  # between two looks at the server's memory
+_LEAST_SAMPLES = 4  # a median of each quarter
 _GROWTH_SHARE, _GROWTH_BYTES = 0.05, 16 << 20  # that memory may grow by, from the second quarter to the last
 
 
@@ -52,8 +53,10 @@ class Report:
 
     @property
     def growth(self) -> tuple[int, int]:
-        """Bytes: the median of the second quarter of the run, and of the last."""
-        quarter = max(1, len(self.memory) // 4)
+        """Bytes: the median of the second quarter of the run, when the server is warm, and of the last."""
+        if len(self.memory) < _LEAST_SAMPLES:
+            return 0, 0
+        quarter = len(self.memory) // 4
         return int(np.median(self.memory[quarter : 2 * quarter])), int(np.median(self.memory[-quarter:]))
 
     def problems(self) -> list[str]:
@@ -62,6 +65,8 @@ class Report:
         found = [*self.wrong]
         if late > early * (1 + _GROWTH_SHARE) + _GROWTH_BYTES:
             found.append(f"memory grew from {early >> 20} to {late >> 20} MiB")
+        if len(self.memory) < _LEAST_SAMPLES:
+            found.append(f"memory was seen {len(self.memory)} times: too few to tell whether it grew")
         if self.left:
             found.append(f"{self.left} sessions are still counted after all clients have gone")
         return found
@@ -118,11 +123,14 @@ class _Soak:
         watching = asyncio.create_task(self._watch(tell))
         await asyncio.gather(*clients)
         watching.cancel()
-        for _ in range(300):  # the server may still have to notice that the last has gone
-            self._report.left = int(await self._metric("asr_sessions"))
-            if not self._report.left:
-                break
-            await asyncio.sleep(0.1)
+        try:
+            for _ in range(300):  # the server may still have to notice that the last has gone
+                self._report.left = int(await self._metric("asr_sessions"))
+                if not self._report.left:
+                    break
+                await asyncio.sleep(0.1)
+        except AsrError as error:
+            self._report.wrong.append(f"sessions that are left: {error}")
         return self._report
 
     async def _client(self, until: float) -> None:
@@ -144,19 +152,26 @@ class _Soak:
         began = told = time.monotonic()
         while True:
             await asyncio.sleep(_SAMPLE_SECONDS)
-            self._report.memory.append(int(await self._metric("process_resident_memory_bytes")))
+            try:
+                memory = int(await self._metric("process_resident_memory_bytes"))
+            except AsrError as error:
+                self._report.wrong.append(f"memory: {error}")
+                continue
+            self._report.memory.append(memory)
             if time.monotonic() - told >= 10:
                 told = time.monotonic()
                 done, wrong = self._report.sessions.total(), len(self._report.wrong)
-                tell(f"{told - began:6.0f} s  {done} sessions, {wrong} wrong, {self._report.memory[-1] >> 20} MiB")
+                tell(f"{told - began:6.0f} s  {done} sessions, {wrong} wrong, {memory >> 20} MiB")
 
     async def _metric(self, name: str) -> float:
         def read() -> str:
             with urllib.request.urlopen(f"{self._addresses.main}/metrics", timeout=60) as reply:
                 return reply.read().decode()
 
-        text = await asyncio.to_thread(read)
-        return sum(float(value) for value in re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE))
+        try:
+            return metric_of(await asyncio.to_thread(read), name)
+        except OSError as error:
+            raise AsrError(f"the server's metrics cannot be read: {error}") from error
 
     # ---- the polite
 
@@ -296,6 +311,17 @@ class _Soak:
                     await receive()
         except TimeoutError:
             pass
+
+
+def metric_of(text: str, name: str) -> float:
+    """The sum over the labels of a metric in Prometheus' text format.
+
+    Raises:
+        AsrError: there is no such metric; a sum over nothing would never be wrong.
+    """
+    if f"# TYPE {name} " not in text:
+        raise AsrError(f"the server has no metric {name}")
+    return sum(float(value) for value in re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE))
 
 
 def main(
