@@ -144,11 +144,11 @@ class Network:
         """
         return self._opening.result() if self._opening else self._open_search()
 
-    def read(self, audios: Sequence[np.ndarray]) -> list[list[Hypothesis]]:
+    def read(self, audios: Sequence[np.ndarray], others: Sequence[Decoder] = ()) -> list[list[Hypothesis]]:
         """What each utterance, float32 (n,) at 16 kHz, may say to an offline network.
 
-        Those of like length are read together. Where texts are weighed, each is read a second time, played slower: two
-        readings err apart.
+        Those of like length are read together. Where texts are weighed, each is read a second time, played slower, and
+        what another network heard counts as well, if `others` have read them by it: readings err apart.
         """
         order = sorted(range(len(audios)), key=lambda i: len(audios[i]))
         batches: list[list[int]] = []
@@ -173,7 +173,7 @@ class Network:
                 decoder.accept(once)
                 if decoder.weighs and not again:
                     again = next(read)
-                hypotheses[i] = decoder.finish(again[row] if again else None)
+                hypotheses[i] = decoder.finish(again[row] if again else None, others[i] if others else None)
         return hypotheses
 
     def text(self, spans: Iterable[TokenSpan]) -> str:

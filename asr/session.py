@@ -240,7 +240,7 @@ class Session:
         if self._second is not None:
             audio = np.concatenate([np.zeros(0, np.float32), *self._audio])
             network, edge = self._second, EDGE_SILENCE_SECONDS
-            (hypotheses,) = yield Later(partial(network.read, [audio[: end - self._start]]))
+            (hypotheses,) = yield Later(partial(network.read, [audio[: end - self._start]], [decoder]))
             self._audio = [audio[end - self._start :]]
         elif decoder.weighs:
             hypotheses = yield Later(decoder.finish)

@@ -14,7 +14,7 @@ from rapidfuzz.distance import Levenshtein
 from toy_model import FRAME, RATE, ToyEngine, spell
 from toy_model import TOKENIZER as LETTERS
 
-from asr.decoding import Hypothesis, TokenSpan, words_from_tokens
+from asr.decoding import Decoder, Hypothesis, TokenSpan, words_from_tokens
 from asr.decoding import beam as beam_module
 from asr.decoding.beam import BeamConfig, BeamDecoder, BeamSearch, agreement, differences, edited
 from asr.decoding.greedy import GreedyDecoder
@@ -518,6 +518,24 @@ def test_what_sounds_a_little_like_a_word_is_silence(loudness: float, heard: str
     decoder = phone_search(phone_share=1.0)()
     decoder.accept(log_probs)
     assert text(decoder.finish()[0].tokens, (*TOKENS, "w")) == heard
+
+
+def test_what_another_network_heard_counts_as_well() -> None:
+    def decoder_of(letters: str, sure: float) -> BeamDecoder:
+        decoder = phone_search(phone_share=0.5, lm_weight=0.01)()
+        decoder.accept(both(letters, "T UW _ _ _ _ _ _", sure))
+        return decoder
+
+    def written(other: Decoder | None = None) -> str:
+        return text(decoder_of("to______", 0.8).finish(other=other)[0].tokens, (*TOKENS, "w"))
+
+    assert written() == written(GreedyDecoder()) == written(decoder_of("to______", 0.8)) == "to"
+    assert written(decoder_of("two_____", 0.99)) == "two"
+    without_phones = BeamSearch(
+        Automaton(estimate(SAID_LINES, order=2)), ["two"], (*TOKENS, "w"), BeamConfig(lm_weight=0.01)
+    )()
+    without_phones.accept(both("two_____", "T UW _ _ _ _ _ _", 0.99)[:, : len(TOKENS) + 1])
+    assert written(without_phones) == "to"  # a network of other outputs says nothing of these
 
 
 def test_by_phones_alone_too_a_text_needs_frames_for_its_letters() -> None:

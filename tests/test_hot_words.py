@@ -104,3 +104,11 @@ def test_where_hot_words_alone_are_said_there_is_no_rate_of_the_others() -> None
     score = score_hot_words([("lemon", "the melon")], ["lemon"])
     assert score.figures()["other_wer"] is None
     assert "WER of the other words is not defined" in str(score)
+
+
+def test_a_boost_of_0_gives_what_no_hot_word_gives(lm: LanguageModel) -> None:
+    heard = frames("to be a nest")
+    plain = decode(search(lm), heard)
+    assert decode(search(lm, nest=5.0), heard) != plain  # "nest" is not in the lexicon
+    assert decode(search(lm, nest=0.0), heard) == plain
+    assert decode(search(lm, nest=0.0, be=5.0), heard) == decode(search(lm, be=5.0), heard)

@@ -7,7 +7,7 @@ import pytest
 from toy_model import FRAME, ToyEngine, spell
 from toy_model import TOKENIZER as LETTERS
 
-from asr.decoding import Hypothesis
+from asr.decoding import Decoder, Hypothesis
 from asr.decoding.greedy import GreedyDecoder
 from asr.network import Network
 
@@ -21,7 +21,7 @@ def test_only_who_weighs_texts_reads_twice() -> None:
     class Weighing(GreedyDecoder):
         weighs = True
 
-        def finish(self, again: np.ndarray | None = None) -> list[Hypothesis]:
+        def finish(self, again: np.ndarray | None = None, other: Decoder | None = None) -> list[Hypothesis]:
             read.append((self._frames, None if again is None else len(again)))
             return super().finish()
 

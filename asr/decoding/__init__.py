@@ -78,11 +78,12 @@ class Decoder(Protocol):
         """The best tokens so far, in order: those written and those pending."""
         ...
 
-    def finish(self, again: np.ndarray | None = None) -> list["Hypothesis"]:
+    def finish(self, again: np.ndarray | None = None, other: "Decoder | None" = None) -> list["Hypothesis"]:
         """End the segment; the best hypothesis first, at least one. Nothing follows.
 
-        `again` is another reading of the same audio, at another pace for example: (frames, vocabulary), for those who
-        weigh texts.
+        Args, for those who weigh texts:
+            again: another reading of the same audio, at another pace for example: (frames, vocabulary).
+            other: what read the same audio by another network.
         """
         ...
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from asr.cache import kept
-from asr.decoding import Best, Hypothesis, TokenSpan
+from asr.decoding import Best, Decoder, Hypothesis, TokenSpan
 from asr.decoding.ctc import align, log_likelihoods
 from asr.decoding.hot_words import check_hot_words
 from asr.decoding.language_model import Automaton, Scorer
@@ -126,7 +126,8 @@ class BeamSearch:
         if _SPACE not in index or not spelled:
             reason = "spells no word of the lexicon" if _SPACE in index else "has no space"
             raise ConfigError(f"beam search: the vocabulary of {len(tokens)} tokens {reason}")
-        hot = {phrase: boost / config.lm_weight for phrase, boost in check_hot_words(config.hot_words, index).items()}
+        asked = check_hot_words(config.hot_words, index)
+        hot = {phrase: boost / config.lm_weight for phrase, boost in asked.items() if boost}
         hot_words: dict[str, float] = {}  # the most that each may bring
         for phrase, boost in hot.items():
             hot_words |= {word: max(boost, hot_words.get(word, 0.0)) for word in phrase}
@@ -155,6 +156,7 @@ class BeamSearch:
         # A word ends with a space, so "to day" needs the network to write one; within a word, hypotheses are
         # charged for the likeliest word that they can still become.
         self.config, self.space, self.vocab_size = config, index[_SPACE], len(tokens)
+        self.outputs = (*tokens, *phones)
         outputs = len(tokens) + len(phones)
         if log_priors is not None and len(log_priors) < outputs:
             raise ModelError(f"{len(log_priors)} priors for {outputs} outputs; the model is damaged")
@@ -247,12 +249,12 @@ class BeamSearch:
         """The score of texts by what was heard, the mean of all readings, and by the language models.
 
         Args:
-            readings: what the network says of the same audio, (frames, tokens + phones) each.
+            readings: what networks say of the same audio, their priors taken off: (frames, tokens + phones) each.
             texts: numbers of words.
             memories: of the next-word model, of texts that were weighed before.
         """
         config, lengths = self.config, np.array([len(words) for words in texts])
-        heard = self._heard([log_probs + self.offsets for log_probs in readings], texts)
+        heard = self._heard(readings, texts)
         factor, more = _ONCE if self._said and len(readings) == 1 else (1.0, 0.0)
         language = factor * config.lm_weight * self._language(texts, memories)
         total = heard + language + (config.word_score + more) * lengths
@@ -346,10 +348,10 @@ class BeamDecoder:
         """The best tokens so far; the last word may be unfinished."""
         return self.written + self.pending()
 
-    def finish(self, again: np.ndarray | None = None) -> list[Hypothesis]:
+    def finish(self, again: np.ndarray | None = None, other: Decoder | None = None) -> list[Hypothesis]:
         """End the segment: whole words only; the best hypothesis first, at least one.
 
-        Another reading, (frames, tokens + phones), counts where nothing is committed, which it would not fit.
+        Other readings count where nothing is committed, which they would not fit.
         """
         nbest, weighs = self._search.config.nbest, self._search.weighs and self._frames > 0
         found = self._search.finish(self._search_so_far(), _FOUND if weighs else nbest)
@@ -363,7 +365,11 @@ class BeamDecoder:
                 Hypothesis((*self.written, *self._later(align(letters, self._search.spelling(f.words)))), f.score)
                 for f in found
             ]
-        readings = [log_probs] if again is None or self._first else [log_probs, again]
+        readings = [log_probs + self._search.offsets]
+        if again is not None and not self._first:
+            readings.append(again + self._search.offsets)
+        if isinstance(other, BeamDecoder) and not self._first:
+            readings += other.heard_by(self._search.outputs)
         likeliest_first = sorted(found, key=lambda f: -f.score)
         weighed = self._search.choose(readings, list(dict.fromkeys(f.words for f in likeliest_first)))
         weighed[()] += _SILENCE
@@ -372,6 +378,11 @@ class BeamDecoder:
             Hypothesis((*self.written, *self._aligned(log_probs, words, agreement(words, weighed))), weighed[words])
             for words in possible[:nbest]
         ]
+
+    def heard_by(self, outputs: tuple[str, ...]) -> list[np.ndarray]:
+        """What its network said of the segment, priors taken off, if that is all there and of these outputs."""
+        known = self._frames and not self._first and self._search.outputs == outputs
+        return [np.concatenate(self._blocks) + self._search.offsets] if known else []
 
     def copy(self) -> "BeamDecoder":
         """The decoder as it stands now: the two go separate ways."""

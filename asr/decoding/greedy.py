@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from asr.decoding import Best, Hypothesis, TokenSpan, best_of
+from asr.decoding import Best, Decoder, Hypothesis, TokenSpan, best_of
 
 _BLANK = 0
 
@@ -43,7 +43,7 @@ class GreedyDecoder:
         """The tokens so far, the open one included."""
         return self.written + self.pending()
 
-    def finish(self, again: np.ndarray | None = None) -> list[Hypothesis]:
+    def finish(self, again: np.ndarray | None = None, other: Decoder | None = None) -> list[Hypothesis]:
         """The tokens; their score is that of the best path."""
         return [Hypothesis(tuple(self.tokens()), self._score)]
 

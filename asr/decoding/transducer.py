@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from asr.decoding import Best, Hypothesis, TokenSpan
+from asr.decoding import Best, Decoder, Hypothesis, TokenSpan
 from asr.decoding.lstm import lstm_step
 from asr.errors import ModelError
 
@@ -113,7 +113,7 @@ class TransducerDecoder:
         """The tokens so far."""
         return self.written.copy()
 
-    def finish(self, again: np.ndarray | None = None) -> list[Hypothesis]:
+    def finish(self, again: np.ndarray | None = None, other: Decoder | None = None) -> list[Hypothesis]:
         """The tokens; their score is that of the best path."""
         return [Hypothesis(tuple(self.written), self._score)]
 
