@@ -16,12 +16,13 @@ from toy_model import TOKENIZER as LETTERS
 
 from asr.decoding import Decoder, Hypothesis, TokenSpan, words_from_tokens
 from asr.decoding import beam as beam_module
-from asr.decoding.beam import BeamConfig, BeamDecoder, BeamSearch, agreement, differences, edited
+from asr.decoding.beam import BeamConfig, BeamDecoder, BeamSearch
 from asr.decoding.greedy import GreedyDecoder
 from asr.decoding.language_model import Automaton
 from asr.decoding.next_word import TextScorer
 from asr.decoding.ngram import estimate
 from asr.decoding.ngram_files import read_ngrams, write_arpa, write_ngrams
+from asr.decoding.texts import agreement, differences, edited
 from asr.errors import ConfigError, ModelError
 from asr.lexicon import Pronunciations
 from asr.next_word import NextWord

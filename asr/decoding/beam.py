@@ -19,6 +19,7 @@ from asr.decoding.language_model import Automaton, Scorer
 from asr.decoding.lexicon_search import BLANK, IMPOSSIBLE, Found, Lexicon, Running, Tree, WordSpan, ranges, tree_of
 from asr.decoding.next_word import UNKNOWN_ID, Memories, TextScorer
 from asr.decoding.pronounced import NO_WORD, Pronounced
+from asr.decoding.texts import agreement, differences, edited
 from asr.errors import ConfigError, ModelError
 from asr.lexicon import Pronunciations
 
@@ -28,11 +29,9 @@ _COMMON_WORDS = 1000  # on the way to their end, hot words count as no more like
 # (of 40 ms frames; 45 s of 30 ms) all but the last sixth; endpointing cuts sooner.
 _COMMIT_FRAMES = 1500
 _LOOKBACK_FRAMES = 250
-# The search by phones takes the language model's weight times this, and adds that to a word's score: there are fewer
-# phones than letters.
-_BY_PHONES = (0.87, -0.5)
-_ONCE = (1.1, -0.75)  # likewise, where what it found was heard in one reading, which says less than two
-_SHARPNESS = 0.3  # of the probabilities that scores stand for: as they are, the best text would be all but certain
+_BY_PHONES = 0.97  # the search by phones takes the language model's weight times this: there are fewer than letters
+# Where a text was heard in one reading, which says less than two, the weight is times this, and a word's score less.
+_ONCE = (1.2, -0.75)
 _HEARD = 0.1  # exponent of the tokens' probabilities in a word's confidence: many right words were hardly heard
 _LETTERS_SHARE = 16  # of the hypotheses, one in so many is by letters where words without a pronunciation want it
 _FOUND = 200  # texts of each search
@@ -44,7 +43,7 @@ _SPELLED = 6.0  # likewise by the tokens alone: phones may have been taught no s
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BeamConfig:
-    """How to search; the weights were tuned on 240 to 360 utterances of three dev sets, at 28 % CER (docs/trials.md).
+    """How to search; the weights were tuned on three dev sets (docs/trials.md).
 
     Attributes:
         beam: hypotheses that are kept at each frame.
@@ -59,11 +58,11 @@ class BeamConfig:
     """
 
     beam: int = 800
-    lm_weight: float = 2.5
-    word_score: float = 0.5
+    lm_weight: float = 2.25
+    word_score: float = 0.0
     phone_share: float = 0.85
     prior_weight: float = 0.5
-    network_share: float = 0.7
+    network_share: float = 0.75
     nbest: int = 1
     hot_words: Mapping[str, float] = field(default_factory=dict)
 
@@ -183,7 +182,7 @@ class BeamSearch:
         if self._said:
             ways = tree(tree_of, self._said.phones, self._said.lengths, self._said.words, scores)
             columns = slice(len(tokens), outputs)
-            settings = config.lm_weight * _BY_PHONES[0], config.word_score + _BY_PHONES[1]
+            settings = config.lm_weight * _BY_PHONES, config.word_score
             self.by_sound = Lexicon(ways, scores, columns, None, config.beam, *settings)
         if not self._said or not self._said.complete:
             spellings = tree(tree_of_letters, letters, _token_table(index), scores)
@@ -476,47 +475,3 @@ class BeamDecoder:
             self.written.append(TokenSpan(space, self.written[-1].end_frame, cut, 1.0))
         rest = np.concatenate(self._blocks)[cut - self._first :]
         self._blocks, self._frames, self._first, self._running = [rest], len(rest), cut, None
-
-
-Edit = tuple[int, int, tuple[int, ...]]  # the words from here to there are to be these
-
-
-def differences(words: tuple[int, ...], other: tuple[int, ...]) -> list[Edit]:
-    """The places in which another text differs, apart by words that both have."""
-    from rapidfuzz.distance import Levenshtein
-
-    blocks = Levenshtein.opcodes(words, other).as_matching_blocks()  # the last one is empty, at the ends
-    ends = [(0, 0), *((block.a + block.size, block.b + block.size) for block in blocks)]
-    return [
-        (a, block.a, other[b : block.b])
-        for (a, b), block in zip(ends[:-1], blocks, strict=True)
-        if block.a > a or block.b > b
-    ]
-
-
-def edited(words: tuple[int, ...], edits: Sequence[Edit]) -> tuple[int, ...]:
-    """A text with its places as these have them; of two that touch, as the first has it."""
-    chosen: list[Edit] = []
-    for edit in edits:
-        if all(edit[1] < start or end < edit[0] for start, end, _ in chosen):
-            chosen.append(edit)
-    for start, end, instead in sorted(chosen, reverse=True):
-        words = (*words[:start], *instead, *words[end:])
-    return words
-
-
-def agreement(words: Sequence[int], weighed: Mapping[tuple[int, ...], float]) -> list[float]:
-    """For each word of a text, how much of the probability of all texts, by their scores, has it in its place.
-
-    Wessel et al. 2001, "Confidence measures for large vocabulary continuous speech recognition", on N-best lists.
-    """
-    from rapidfuzz.distance import Levenshtein
-
-    scores = np.array(list(weighed.values()))
-    shares = np.exp(_SHARPNESS * (scores - scores.max()))
-    shares /= shares.sum()
-    found = np.zeros(len(words))
-    for other, share in zip(weighed, shares.tolist(), strict=True):
-        for block in Levenshtein.opcodes(words, other).as_matching_blocks():
-            found[block.a : block.a + block.size] += share
-    return np.minimum(found, 1.0).tolist()
