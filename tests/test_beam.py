@@ -539,6 +539,15 @@ def test_what_another_network_heard_counts_as_well() -> None:
     assert written(without_phones) == "to"  # a network of other outputs says nothing of these
 
 
+def test_a_boost_adds_what_it_says_to_one_reading_and_to_two() -> None:
+    text = (estimate(SAID_LINES, order=2).lexicon.index("bee"),)
+    reading = both("bee_____", "B IY _ _ _ _ _ _", 0.8)
+    plain, hot = phone_search(), phone_search(hot_words={"bee": 4.0})  # type: ignore[arg-type]
+    for readings in ([reading], [reading, reading]):
+        added = hot.weigh(readings, [(), text])[text] - plain.weigh(readings, [(), text])[text]
+        assert added == pytest.approx(4.0)
+
+
 def test_by_phones_alone_too_a_text_needs_frames_for_its_letters() -> None:
     decoder = phone_search(said=[("to", "T"), ("be", "B"), ("bee", "B")], phone_share=1.0)()
     decoder.accept(both("__", "T B", 0.95))

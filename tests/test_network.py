@@ -37,3 +37,23 @@ def test_only_who_weighs_texts_reads_twice() -> None:
             (once, slower), edges = lengths, lengths[0][0]  # the empty one is nothing but edges
             assert slower == pytest.approx([edges + (n - edges) / 0.9 for n in once], abs=2)
             assert sorted(read) == sorted((n // FRAME, m // FRAME) for n, m in zip(once, slower, strict=True))
+
+
+def test_who_weighs_texts_is_told_what_others_heard_of_the_same() -> None:
+    told: dict[int, Decoder | None] = {}  # by the frames of what was read
+
+    class Weighing(GreedyDecoder):
+        weighs = True
+
+        def finish(self, again: np.ndarray | None = None, other: Decoder | None = None) -> list[Hypothesis]:
+            told[self._frames] = other
+            return super().finish()
+
+    samples = [spell("a dog"), spell("cats and dogs"), spell("a")]
+    network = Network(LETTERS, ToyEngine, open_search=lambda: Weighing)
+    others = [GreedyDecoder() for _ in samples]
+    network.read(samples, others)
+    in_order = [told[frames] for frames in sorted(told)]  # the shortest first
+    assert in_order == [others[2], others[0], others[1]]
+    network.read(samples)
+    assert list(told.values()) == [None] * 3

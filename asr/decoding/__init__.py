@@ -83,7 +83,7 @@ class Decoder(Protocol):
 
         Args, for those who weigh texts:
             again: another reading of the same audio, at another pace for example: (frames, vocabulary).
-            other: what read the same audio by another network.
+            other: what read the same audio, but for a little at its ends, by another network.
         """
         ...
 

@@ -255,8 +255,10 @@ class BeamSearch:
         config, lengths = self.config, np.array([len(words) for words in texts])
         heard = self._heard(readings, texts)
         factor, more = _ONCE if self._said and len(readings) == 1 else (1.0, 0.0)
-        language = factor * config.lm_weight * self._language(texts, memories)
-        total = heard + language + (config.word_score + more) * lengths
+        language = factor * self._language(texts, memories)
+        if config.hot_words:
+            language += self._scorer.texts(texts) - self._plain.texts(texts)
+        total = heard + config.lm_weight * language + (config.word_score + more) * lengths
         return dict(zip(texts, total.tolist(), strict=True))
 
     def _heard(self, readings: Sequence[np.ndarray], texts: Sequence[tuple[int, ...]]) -> np.ndarray:
@@ -279,15 +281,14 @@ class BeamSearch:
         return heard
 
     def _language(self, texts: Sequence[tuple[int, ...]], memories: Memories | None) -> np.ndarray:
-        """The base-10 log-probability of texts: of n-grams with hot words, and of the next-word model."""
-        ngrams = self._scorer.texts(texts)
+        """The base-10 log-probability of texts, by n-grams without hot words and by the next-word model."""
+        ngrams = self._plain.texts(texts)
         if not self._next_word:
             return ngrams
-        plain = self._plain.texts(texts) if self.config.hot_words else ngrams
         numbers = [self._numbers[list(words)].tolist() for words in texts]
         unknown = np.array([self._shares[list(words)].sum() for words in texts])
         network = self._next_word.log_probs(numbers, memories) / math.log(10) + unknown
-        return ngrams + self.config.network_share * (network - plain)
+        return ngrams + self.config.network_share * (network - ngrams)
 
     def letters(self, word: int) -> list[int]:
         """The tokens of a word."""

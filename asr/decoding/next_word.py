@@ -160,7 +160,8 @@ class TextScorer:
         words = np.array([word for text in texts for word in (*text, END_ID)], np.int64)
         rows = np.array([known.rows[beginning] for own in beginnings for beginning in own], np.int64)
         scores = (known.outputs[rows] * self._embedding[words]).sum(axis=1) + self._bias[words] - known.norms[rows]
-        return np.bincount(np.repeat(np.arange(len(texts)), [len(own) for own in beginnings]), scores, len(texts))
+        whose = np.repeat(np.arange(len(texts)), [len(own) for own in beginnings])
+        return np.bincount(whose, scores, len(texts)).astype(np.float64)  # of no text: integers
 
     def _read(self, known: "Memories", new: Mapping[tuple[int, ...], tuple[int, ...]]) -> None:
         """Read the last word of beginnings, each after the memory of another one."""

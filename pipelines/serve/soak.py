@@ -1,6 +1,7 @@
 """A long day for the server: many clients of all kinds at once, polite and rude, and a check that nothing is lost."""
 
 import asyncio
+import http.client
 import io
 import json
 import random
@@ -170,7 +171,7 @@ class _Soak:
 
         try:
             return metric_of(await asyncio.to_thread(read), name)
-        except OSError as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:  # also half a reply, or one of something else
             raise AsrError(f"the server's metrics cannot be read: {error}") from error
 
     # ---- the polite
