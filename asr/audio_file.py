@@ -120,9 +120,10 @@ def _audio_chunk(file: FileIO, size: int, header: str, counted: int = 0, multipl
         counted: bytes of the header that the length includes.
         multiple: of so many bytes each chunk is filled up to.
     """
+    width = struct.calcsize(header)
     long_size = 1 << 63  # of RF64's data, from its ds64 chunk
     for _ in range(_MOST_CHUNKS):
-        if len(chunk := file.read(struct.calcsize(header))) < struct.calcsize(header):
+        if len(chunk := file.read(width)) < width:
             break
         name, length = struct.unpack(header, chunk)
         start, length = file.tell(), max(length - counted, 0)

@@ -22,7 +22,6 @@ from asr.decoding.language_model import Automaton
 from asr.decoding.next_word import TextScorer
 from asr.decoding.ngram import estimate
 from asr.decoding.ngram_files import read_ngrams, write_arpa, write_ngrams
-from asr.decoding.texts import agreement, differences, edited
 from asr.errors import ConfigError, ModelError
 from asr.lexicon import Pronunciations
 from asr.next_word import NextWord
@@ -470,14 +469,6 @@ def test_phones_in_any_blocks_give_one_text(seed: int, cuts: list[int]) -> None:
     assert parts.finish() == expected == whole.finish()
 
 
-texts_of = st.lists(st.integers(0, 3), max_size=8).map(tuple)
-
-
-@given(one=texts_of, other=texts_of)
-def test_a_text_with_all_differences_of_another_is_that(one: tuple[int, ...], other: tuple[int, ...]) -> None:
-    assert edited(one, differences(one, other)) == other
-
-
 def test_what_several_texts_have_right_comes_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """No text has more than one place right, and one of them is behind those that are weighed as they are."""
     said = (1, 2, 3, 4, 5, 6)
@@ -494,13 +485,6 @@ def test_what_several_texts_have_right_comes_together(monkeypatch: pytest.Monkey
     assert weighed[said] == 0
     monkeypatch.setattr(beam_module, "_ROUNDS", 0)
     assert search.choose([], found).keys() == {(), *found[:3]}
-
-
-def test_a_word_is_as_sure_as_the_texts_that_have_it() -> None:
-    scores = {(1, 2, 3): 0.0, (1, 3): -1e9, (1, 4, 3): 0.0, (5, 2, 3): -1e9}
-    assert agreement((1, 2, 3), scores) == pytest.approx([1.0, 0.5, 1.0])
-    assert agreement((1, 4, 3), {(1, 4, 3): 0.0}) == pytest.approx([1.0, 1.0, 1.0])
-    assert agreement((), {(): 0.0}) == []
 
 
 def test_silence_is_no_word_to_either() -> None:

@@ -156,7 +156,7 @@ class BeamSearch:
         # charged for the likeliest word that they can still become.
         self.config, self.space, self.vocab_size = config, index[_SPACE], len(tokens)
         self.outputs = (*tokens, *phones)
-        outputs = len(tokens) + len(phones)
+        outputs = len(self.outputs)
         if log_priors is not None and len(log_priors) < outputs:
             raise ModelError(f"{len(log_priors)} priors for {outputs} outputs; the model is damaged")
         known_priors = np.zeros(outputs) if log_priors is None else log_priors[:outputs]
@@ -255,9 +255,10 @@ class BeamSearch:
         config, lengths = self.config, np.array([len(words) for words in texts])
         heard = self._heard(readings, texts)
         factor, more = _ONCE if self._said and len(readings) == 1 else (1.0, 0.0)
-        language = factor * self._language(texts, memories)
+        ngrams = self._plain.texts(texts)
+        language = factor * self._with_next_words(ngrams, texts, memories)
         if config.hot_words:
-            language += self._scorer.texts(texts) - self._plain.texts(texts)
+            language += self._scorer.texts(texts) - ngrams
         total = heard + config.lm_weight * language + (config.word_score + more) * lengths
         return dict(zip(texts, total.tolist(), strict=True))
 
@@ -274,15 +275,15 @@ class BeamSearch:
         if share < 1:
             heard += (1 - share) * spelled
             nothing = [i for i, words in enumerate(texts) if not words]
-            likely = spelled >= spelled[nothing].max(initial=-np.inf) + _SPELLED
-            likely[nothing] = True
-            silent |= ~likely
+            silent |= spelled < spelled[nothing].max(initial=-np.inf) + _SPELLED
+            silent[nothing] = False
         heard[silent] = -np.inf
         return heard
 
-    def _language(self, texts: Sequence[tuple[int, ...]], memories: Memories | None) -> np.ndarray:
-        """The base-10 log-probability of texts, by n-grams without hot words and by the next-word model."""
-        ngrams = self._plain.texts(texts)
+    def _with_next_words(
+        self, ngrams: np.ndarray, texts: Sequence[tuple[int, ...]], memories: Memories | None
+    ) -> np.ndarray:
+        """The base-10 log-probability of texts, (texts,): what n-grams say, and the next-word model's share."""
         if not self._next_word:
             return ngrams
         numbers = [self._numbers[list(words)].tolist() for words in texts]
@@ -365,9 +366,8 @@ class BeamDecoder:
                 Hypothesis((*self.written, *self._later(align(letters, self._search.spelling(f.words)))), f.score)
                 for f in found
             ]
-        readings = [log_probs + self._search.offsets]
-        if again is not None and not self._first:
-            readings.append(again + self._search.offsets)
+        own = [log_probs] if again is None or self._first else [log_probs, again]
+        readings = [reading + self._search.offsets for reading in own]
         if isinstance(other, BeamDecoder) and not self._first:
             readings += other.heard_by(self._search.outputs)
         likeliest_first = sorted(found, key=lambda f: -f.score)

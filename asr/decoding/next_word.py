@@ -166,7 +166,7 @@ class TextScorer:
     def _read(self, known: "Memories", new: Mapping[tuple[int, ...], tuple[int, ...]]) -> None:
         """Read the last word of beginnings, each after the memory of another one."""
         read = [beginning[-1] if beginning else END_ID for beginning in new]
-        before = [known.rows.get(beginning, 0) for beginning in new.values()]
+        before = [known.rows.get(beginning, 0) for beginning in new.values()]  # nothing is read yet: row 0 is empty
         h, c = known.h[before], known.c[before]
         h, c = lstm_step(self._embedding[read] @ self._w + self._b + h @ self._u, c)
         known.add(new, h, c, h @ self._narrow)
